@@ -1,0 +1,50 @@
+# Everything runs in an environment of the project's own; `make test` and `make train` need only
+# Python 3.10 or newer and, for the fast kernels, a C++20 compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= runs/digits
+DATA_ROOT ?=
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+
+.PHONY: environment train test test-slow lint format bench clean
+
+environment: $(VENV)/.built
+
+# torch is named first, and pinned: the newest one on the index brings gigabytes of CUDA along.
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch setuptools ninja pybind11
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,bench]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+train: environment
+	$(BIN)/geco-fast train --out $(OUT)
+
+test: environment
+	$(BIN)/pytest $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+
+test-slow: environment
+	$(BIN)/pytest -m slow $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+
+lint: environment
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/mypy
+
+format: environment
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+
+bench: environment
+	$(BIN)/geco-fast bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info geco_fast/*.so

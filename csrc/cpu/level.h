@@ -1,0 +1,17 @@
+// Gathers the kernels of one instruction-set level. Each level_*.cpp includes this once, names its
+// table and is compiled with that level's flags; no other file may include the kernels.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/lstm_gates.h"
+
+namespace geco::cpu {
+namespace {
+
+constexpr Kernels kKernels = {
+    .lstm_gates_forward = lstm_gates_forward,
+    .lstm_gates_backward = lstm_gates_backward,
+};
+
+}  // namespace
+}  // namespace geco::cpu

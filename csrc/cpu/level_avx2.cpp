@@ -1,0 +1,6 @@
+#include "cpu/level.h"
+
+namespace geco::cpu {
+extern const Kernels kKernels_avx2;
+const Kernels kKernels_avx2 = kKernels;
+}  // namespace geco::cpu

@@ -1,0 +1,94 @@
+// LSTM gates on the CPU. One vector of the index space at a time: five loads (a sixth and a
+// seventh in backward), all maths in registers, two stores (five in backward), so a step moves
+// each operand once. Backward recomputes the five activations from the saved inputs: loading them
+// would cost a third more traffic and writing them would double the forward's output.
+#pragma once
+
+#include "include/lstm_gates.h"
+#include "simd.h"
+
+namespace geco::cpu {
+namespace {
+
+// With sigmoid(x) = 1/s and tanh(x) = n/d, a product of the two is n * 1/(s d): one reciprocal for
+// two functions. Either factor comes back by one multiplication.
+template <class T>
+struct Gates {
+  Vec<T> i, f, o, i_times_g, f_times_c, c_next, h, g_derivative, tanh_c_next_derivative;
+};
+
+template <class T>
+inline Gates<T> lstm_gates_at(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c) {
+  Gates<T> r;
+  const Vec<T> s_i = sigmoid_denominator<T>(i);
+  const Vec<T> s_f = sigmoid_denominator<T>(f);
+  const TanhParts<T> t_g = tanh_parts<T>(g);
+  const Vec<T> s_o = sigmoid_denominator<T>(o);
+  const Vec<T> inverse_ig = reciprocal(s_i * t_g.denominator);
+  r.i_times_g = inverse_ig * t_g.numerator;
+  r.i = inverse_ig * t_g.denominator;
+  r.g_derivative = t_g.derivative(inverse_ig * s_i);
+  r.f = reciprocal(s_f);
+  r.f_times_c = r.f * c;
+  r.c_next = r.f * c + r.i_times_g;
+  const TanhParts<T> t_c = tanh_parts<T>(r.c_next);
+  const Vec<T> inverse_oc = reciprocal(s_o * t_c.denominator);
+  r.h = inverse_oc * t_c.numerator;
+  r.o = inverse_oc * t_c.denominator;
+  r.tanh_c_next_derivative = t_c.derivative(inverse_oc * s_o);
+  return r;
+}
+
+template <class Storage>
+void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget_bias) {
+  using T = typename Compute<Storage>::type;
+  using F = lstm_gates::Forward;
+  const T bias = T(forget_bias);
+  for_each_vector<T>(count, [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
+    const auto in = [&](int k) { return load(p[k] + j, n...); };
+    const Gates<T> r = lstm_gates_at<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias,
+                                        in(lstm_gates::kG), in(lstm_gates::kO), in(lstm_gates::kC));
+    store(p[F::kCNext] + j, r.c_next, n...);
+    store(p[F::kH] + j, r.h, n...);
+  });
+}
+
+template <class Storage>
+void lstm_gates_backward_run(Storage* const* p, std::int64_t count, double forget_bias) {
+  using T = typename Compute<Storage>::type;
+  using B = lstm_gates::Backward;
+  const T bias = T(forget_bias);
+  for_each_vector<T>(count, [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
+    const auto in = [&](int k) { return load(p[k] + j, n...); };
+    const Gates<T> r = lstm_gates_at<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias,
+                                        in(lstm_gates::kG), in(lstm_gates::kO), in(lstm_gates::kC));
+    const Vec<T> d_h = p[B::kGradH] ? in(B::kGradH) : Vec<T>{};
+    const Vec<T> d_out = p[B::kGradCNext] ? in(B::kGradCNext) : Vec<T>{};
+    // d sigmoid(x) = s - s^2, times the factor it stands with.
+    const Vec<T> d_c_next = d_h * r.o * r.tanh_c_next_derivative + d_out;
+    store(p[B::kGradI] + j, d_c_next * (r.i_times_g - r.i_times_g * r.i), n...);
+    store(p[B::kGradF] + j, d_c_next * (r.f_times_c - r.f_times_c * r.f), n...);
+    store(p[B::kGradG] + j, d_c_next * r.i * r.g_derivative, n...);
+    store(p[B::kGradO] + j, d_h * (r.h - r.h * r.o), n...);
+    store(p[B::kGradC] + j, d_c_next * r.f, n...);
+  });
+}
+
+void lstm_gates_forward(const lstm_gates::Forward& params, std::int64_t begin, std::int64_t end) {
+  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
+    for_each_run<Storage>(params.operands, begin, end, [&](Storage* const* p, std::int64_t n) {
+      lstm_gates_forward_run(p, n, params.forget_bias);
+    });
+  });
+}
+
+void lstm_gates_backward(const lstm_gates::Backward& params, std::int64_t begin, std::int64_t end) {
+  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
+    for_each_run<Storage>(params.operands, begin, end, [&](Storage* const* p, std::int64_t n) {
+      lstm_gates_backward_run(p, n, params.forget_bias);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace geco::cpu

@@ -1,0 +1,334 @@
+// Vectors as wide as the instruction set this file is compiled for, on GCC's vector extensions.
+// Everything has internal linkage: each level's file holds a copy of its own, and the linker can't
+// swap one level's code for another's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "include/numeric.h"
+#include "include/strided.h"
+
+namespace geco::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+using VecF32 = float __attribute__((vector_size(kVectorBytes)));
+using VecF64 = double __attribute__((vector_size(kVectorBytes)));
+using VecI32 = std::int32_t __attribute__((vector_size(kVectorBytes)));
+using VecI64 = std::int64_t __attribute__((vector_size(kVectorBytes)));
+using VecU32 = std::uint32_t __attribute__((vector_size(kVectorBytes)));
+using VecU16 = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VecF32;
+};
+template <>
+struct VecOf<double> {
+  using type = VecF64;
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// How a vector of a storage type lies in memory, and its way to and from arithmetic.
+template <class Storage>
+struct Memory {
+  using Raw = Vec<Storage>;
+  static Raw widen(Raw raw) { return raw; }
+  static Raw narrow(Raw x) { return x; }
+};
+
+template <>
+struct Memory<BFloat16> {
+  using Raw = VecU16;
+  static VecF32 widen(Raw raw) {
+    return bit_cast<VecF32>(__builtin_convertvector(raw, VecU32) << 16);
+  }
+  // Rounds to nearest even; a NaN stays one.
+  static Raw narrow(VecF32 x) {
+    const VecU32 bits = bit_cast<VecU32>(x);
+    const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const VecU32 nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector(x == x ? rounded : nan, VecU16);
+  }
+};
+
+template <>
+struct Memory<Float16> {
+  using Raw = VecU16;
+#if defined(__AVX512F__)
+  static VecF32 widen(Raw raw) {
+    return bit_cast<VecF32>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(raw)));
+  }
+  static Raw narrow(VecF32 x) {
+    return bit_cast<Raw>(
+        _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static VecF32 widen(Raw raw) { return bit_cast<VecF32>(_mm256_cvtph_ps(bit_cast<__m128i>(raw))); }
+  static Raw narrow(VecF32 x) {
+    return bit_cast<Raw>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static VecF32 widen(Raw raw) {
+    const VecU32 bits = __builtin_convertvector(raw, VecU32);
+    const VecU32 magnitude = (bits & 0x7fffu) << 13;
+    // Multiplying by 2^112 moves the exponent's bias from 15 to 127, subnormals included.
+    const VecU32 finite = bit_cast<VecU32>(bit_cast<VecF32>(magnitude) * 0x1p112f);
+    const VecU32 special = magnitude | 0x7f800000u;
+    const VecU32 result = magnitude >= (0x7c00u << 13) ? special : finite;
+    return bit_cast<VecF32>(result | ((bits & 0x8000u) << 16));
+  }
+  static Raw narrow(VecF32 x) {
+    const VecU32 bits = bit_cast<VecU32>(x);
+    const VecU32 magnitude = bits & 0x7fffffffu;
+    const VecU32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 an addition does the rounding: 0.5's last place is float16's smallest number.
+    const VecU32 subnormal = bit_cast<VecU32>(bit_cast<VecF32>(magnitude) + 0.5f) - 0x3f000000u;
+    VecU32 result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x477ff000u ? VecU32{} + 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? VecU32{} + 0x7e00u : result;
+    return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), VecU16);
+  }
+#endif
+};
+
+// `count` lanes of the last vector of a row are touched; the others are zero and dropped.
+template <class Storage>
+inline auto load(const Storage* from) {
+  typename Memory<Storage>::Raw raw;
+  std::memcpy(&raw, from, sizeof(raw));
+  return Memory<Storage>::widen(raw);
+}
+template <class Storage>
+inline auto load(const Storage* from, int count) {
+  typename Memory<Storage>::Raw raw{};
+  std::memcpy(&raw, from, std::size_t(count) * sizeof(Storage));
+  return Memory<Storage>::widen(raw);
+}
+template <class Storage, class V>
+inline void store(Storage* to, V x) {
+  const auto raw = Memory<Storage>::narrow(x);
+  std::memcpy(to, &raw, sizeof(raw));
+}
+template <class Storage, class V>
+inline void store(Storage* to, V x, int count) {
+  const auto raw = Memory<Storage>::narrow(x);
+  std::memcpy(to, &raw, std::size_t(count) * sizeof(Storage));
+}
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// Both bounds let NaN pass: min and max instructions return their second operand for it.
+inline VecF32 clamp(VecF32 x, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 raised = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), bit_cast<__m512>(x));
+  return bit_cast<VecF32>(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), raised));
+#elif defined(__AVX2__)
+  const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(x));
+  return bit_cast<VecF32>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+#else
+  x = x < low ? broadcast<float>(low) : x;
+  return x > high ? broadcast<float>(high) : x;
+#endif
+}
+inline VecF64 clamp(VecF64 x, double low, double high) {
+  x = x < low ? broadcast<double>(low) : x;
+  return x > high ? broadcast<double>(high) : x;
+}
+
+// 1 / d for finite, normal d and 1 / d. AVX-512's estimate and one Newton step are good to a unit
+// in the last place or so, in a third of the time of its division.
+inline VecF64 reciprocal(VecF64 d) { return 1.0 / d; }
+inline VecF32 reciprocal(VecF32 d) {
+#if defined(__AVX512F__)
+  const VecF32 estimate = bit_cast<VecF32>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(d)));
+  return estimate * (1.0f - d * estimate) + estimate;
+#else
+  return 1.0f / d;
+#endif
+}
+
+// exp(x) = 2^n exp(r) with |r| <= ln(2)/2, and exp(r) - 1 = r q(r). The coefficients of q, highest
+// power first, are near-minimax fits of (exp(r) - 1) / r: relative error 1.2222e-8 and 2.0419e-17.
+// Adding `round` leaves n plus the exponent's bias in the low bits, ready to be shifted into place.
+template <class T>
+struct Exp;
+template <>
+struct Exp<float> {
+  using Bits = VecI32;
+  static constexpr int kMantissa = 23;
+  static constexpr float kRound = 0x1.8p23f + 127;
+#if defined(__FMA__)
+  // n times this constant enters a sum unrounded, and is off by 2e-9 n at most.
+  static constexpr float kLn2High = 0.693147182f, kLn2Low = 0;
+#else
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+#endif
+  static constexpr float kQ[] = {0.001393365f, 0.00836915567f, 0.0416664649f,
+                                 0.166665052f, 0.500000001f,   1.00000001f};
+};
+template <>
+struct Exp<double> {
+  using Bits = VecI64;
+  static constexpr int kMantissa = 52;
+  static constexpr double kRound = 0x1.8p52 + 1023;
+  static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kQ[] = {2.5105217004720745e-8,
+                                  2.7626371065696356e-7,
+                                  2.7557255400206424e-6,
+                                  2.480150431378554e-5,
+                                  0.00019841269874820625,
+                                  0.0013888888932514779,
+                                  0.0083333333333261351,
+                                  0.041666666666573068,
+                                  0.16666666666666671,
+                                  0.50000000000000056,
+                                  1.0};
+};
+
+// exp(A x) in two parts: scale = 2^n and em1 = exp(r) - 1, so that exp(A x) = scale + scale * em1.
+// A is a power of two or its negative, hence exact in the coefficients. 2^n must be a normal
+// number.
+template <class T, int A>
+inline void exp_parts(Vec<T> x, Vec<T>* em1, Vec<T>* scale) {
+  using K = Exp<T>;
+  const Vec<T> shifted = x * T(A * 1.4426950408889634) + K::kRound;
+  const Vec<T> n = shifted - K::kRound;
+  Vec<T> r = x - n * (K::kLn2High / A);
+  if constexpr (K::kLn2Low != 0) r = r - n * (K::kLn2Low / A);
+  constexpr int kDegree = int(sizeof(K::kQ) / sizeof(T)) - 1;
+  T power = A;
+  for (int k = 0; k < kDegree; ++k) power *= A;
+  Vec<T> q = broadcast<T>(K::kQ[0] * power);
+  for (int k = 1; k <= kDegree; ++k) {
+    power /= A;
+    q = q * r + K::kQ[k] * power;
+  }
+  *em1 = r * q;
+  *scale = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
+}
+
+// The bounds keep the product of both functions' denominators below the exponent's range, so that
+// one reciprocal can serve a pair of gates. Past them tanh is 1 in the arithmetic's precision and
+// sigmoid is below 1e-28.
+template <class T>
+constexpr T kSigmoidBound = sizeof(T) == 4 ? T(66) : T(660);
+template <class T>
+constexpr T kTanhBound = sizeof(T) == 4 ? T(10) : T(20);
+
+// sigmoid(x) = 1 / d: returns d = 1 + exp(-x).
+template <class T>
+inline Vec<T> sigmoid_denominator(Vec<T> x) {
+  Vec<T> em1, scale;
+  exp_parts<T, -1>(clamp(x, -kSigmoidBound<T>, kSigmoidBound<T>), &em1, &scale);
+  return em1 * scale + (scale + T(1));
+}
+
+// tanh(x) = numerator / denominator, with e = exp(2x): (e - 1) / (e + 1). The numerator is exact to
+// its last places near zero. The derivative, 4e / (e + 1)^2, has no cancellation in this form.
+template <class T>
+struct TanhParts {
+  Vec<T> exp, numerator, denominator;
+  Vec<T> derivative(Vec<T> inverse_denominator) const {
+    const Vec<T> twice = inverse_denominator + inverse_denominator;
+    return twice * twice * exp;
+  }
+};
+template <class T>
+inline TanhParts<T> tanh_parts(Vec<T> x) {
+  Vec<T> em1, scale;
+  exp_parts<T, 2>(clamp(x, -kTanhBound<T>, kTanhBound<T>), &em1, &scale);
+  const Vec<T> numerator = em1 * scale + (scale - T(1));
+  return {em1 * scale + scale, numerator, numerator + T(2)};
+}
+
+// Walks [begin, end) of the operands' index space in runs along the innermost dimension and calls
+// body(pointers, count) with unit-stride pointers. Operands with another innermost stride are
+// gathered to and scattered from a small buffer; absent ones stay null.
+template <class Storage, class Operands, class Body>
+inline void for_each_run(const Operands& operands, std::int64_t begin, std::int64_t end,
+                         Body body) {
+  constexpr int kOperands = Operands::kOperands;
+  constexpr std::int64_t kRun = 256;
+  const int inner = operands.dims - 1;
+  Storage buffer[kOperands][kRun];
+  std::int64_t position = begin;
+  while (position < end) {
+    std::int64_t offset[kOperands] = {};
+    std::int64_t rest = position;
+    std::int64_t column = 0;
+    for (int d = inner; d >= 0; --d) {
+      const std::int64_t index = rest % operands.size[d];
+      rest /= operands.size[d];
+      if (d == inner) column = index;
+      for (int k = 0; k < kOperands; ++k) offset[k] += index * operands.stride[k][d];
+    }
+    std::int64_t count = operands.size[inner] - column;
+    if (count > end - position) count = end - position;
+
+    bool packed = false;
+    for (int k = 0; k < kOperands; ++k)
+      packed |= operands.data[k] != nullptr && operands.stride[k][inner] != 1;
+    if (packed && count > kRun) count = kRun;
+
+    Storage* pointers[kOperands];
+    for (int k = 0; k < kOperands; ++k) {
+      const std::int64_t stride = operands.stride[k][inner];
+      Storage* from = static_cast<Storage*>(operands.data[k]);
+      if (from != nullptr) from += offset[k];
+      const bool direct = from == nullptr || stride == 1;
+      pointers[k] = direct ? from : buffer[k];
+      if (!direct && k < Operands::kInputs)
+        for (std::int64_t j = 0; j < count; ++j) buffer[k][j] = from[j * stride];
+    }
+    body(pointers, count);
+    for (int k = Operands::kInputs; k < kOperands; ++k) {
+      if (pointers[k] != buffer[k]) continue;
+      const std::int64_t stride = operands.stride[k][inner];
+      Storage* to = static_cast<Storage*>(operands.data[k]) + offset[k];
+      for (std::int64_t j = 0; j < count; ++j) to[j * stride] = buffer[k][j];
+    }
+    position += count;
+  }
+}
+
+// Calls step(j) for each whole vector of `count` elements, then step(j, n) for what is left over.
+template <class T, class Step>
+inline void for_each_vector(std::int64_t count, Step step) {
+  std::int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>) step(j);
+  if (j < count) step(j, int(count - j));
+}
+
+}  // namespace
+}  // namespace geco::cpu

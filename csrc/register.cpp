@@ -1,0 +1,7 @@
+// Kernels for the operators whose schemas geco_fast/_registry.py defines: one line each.
+#include "ops/lstm_gates.h"
+
+STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
+  m.impl("lstm_gates", TORCH_BOX(&geco::lstm_gates_cpu));
+  m.impl("lstm_gates_backward", TORCH_BOX(&geco::lstm_gates_backward_cpu));
+}

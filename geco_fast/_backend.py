@@ -1,0 +1,169 @@
+"""Which backend serves a call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from geco_fast._checks import check_choice
+from geco_fast._registry import KERNELS
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend can't serve the call; the message says why and the mend."""
+
+
+def _load_library() -> tuple[ModuleType | None, str]:
+    """The C++ library, or None and the reason it is missing."""
+    try:
+        return importlib.import_module("geco_fast._C"), ""
+    except ImportError as error:
+        return None, (
+            f"the C++ library is not loaded ({error}); reinstall geco-fast where a C++20 compiler "
+            "is on the PATH"
+        )
+
+
+LIBRARY, _LIBRARY_REASON = _load_library()
+
+
+class _Choice(threading.local):
+    """What "auto" means in this thread."""
+
+    def __init__(self) -> None:
+        self.backend = _DEFAULT
+
+
+def _default_backend() -> str:
+    value = os.environ.get("GECO_FAST_BACKEND", "auto")
+    check_choice("environment variable GECO_FAST_BACKEND", value, BACKENDS)
+    return value
+
+
+_DEFAULT = _default_backend()
+_choice = _Choice()
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Set what ``backend="auto"`` means within a block, in this thread.
+
+    Parameters
+    ----------
+    backend : {"auto", "reference", "cpu", "cuda", "triton"}
+        The choice. Anything but "auto" is as strict as giving it to every call.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    check_choice("backend", backend, BACKENDS)
+    previous = _choice.backend
+    _choice.backend = backend
+    try:
+        yield
+    finally:
+        _choice.backend = previous
+
+
+def unavailable_reason(backend: str) -> str:
+    """Why a backend can't run on this machine, with the mend; empty if it can."""
+    if backend == "cpu":
+        return _LIBRARY_REASON
+    if backend == "cuda":
+        return "this release has no CUDA C++ kernels; use backend='auto'"
+    if backend == "triton":
+        return "this release has no Triton kernels; use backend='auto'"
+    return ""
+
+
+def _transform_reason() -> str:
+    """Why only the reference can serve the call at present; empty if a kernel can, too."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms go through the reference; use backend='auto'"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation goes through the reference; use backend='auto'"
+    if torch.compiler.is_exporting():
+        return "torch.export needs PyTorch's own operators; use backend='auto'"
+    return ""
+
+
+def _refusal(operator: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """Why a backend can't serve such a call; empty if it can."""
+    reason = unavailable_reason(backend)
+    if reason:
+        return reason
+    kernels = KERNELS.get(operator, {})
+    if backend not in kernels:
+        return f"{operator} has no {backend} kernel in this release; use backend='auto'"
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device != wanted:
+        return f"it serves {wanted} tensors, got one on {device}; move it or use backend='auto'"
+    if dtype not in kernels[backend]:
+        return f"its {operator} kernel does not take {dtype}; use backend='auto'"
+    return ""
+
+
+def _resolve(operator: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """Name the backend for a kind of call, transforms left aside."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "auto":
+        candidates = ("cpu",) if device == "cpu" else ("cuda", "triton")
+        for candidate in candidates:
+            if not _refusal(operator, candidate, device, dtype):
+                return candidate
+    elif backend != "reference":
+        reason = _refusal(operator, backend, device, dtype)
+        if reason:
+            raise BackendUnavailable(f"{operator}: backend {backend!r} is unavailable: {reason}")
+        return backend
+    return "reference"
+
+
+_resolve_once = functools.cache(_resolve)
+
+
+def select(operator: str, tensor: Tensor, backend: str) -> str:
+    """Name the backend that serves a call.
+
+    Parameters
+    ----------
+    operator : str
+        The public function's name.
+    tensor : Tensor
+        An operand; its device and dtype decide.
+    backend : str
+        What the caller asked for.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    BackendUnavailable
+        If an explicit choice can't serve the call.
+    """
+    if backend == "auto":
+        backend = _choice.backend
+    # Dynamo traces through the function and keeps its answer; it would warn of the cache.
+    resolve = _resolve if torch.compiler.is_compiling() else _resolve_once
+    chosen = resolve(operator, backend, tensor.device.type, tensor.dtype)
+    if chosen == "reference":
+        return chosen
+    reason = _transform_reason()
+    if not reason:
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise BackendUnavailable(f"{operator}: backend {backend!r} is unavailable: {reason}")

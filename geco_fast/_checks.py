@@ -1,0 +1,70 @@
+"""Argument checks shared by every public function: one clear error that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """Short text of what came: a tensor's shape, else the value's type and value."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise `TypeError` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+
+
+def check_floating(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+    """Raise `TypeError` unless ``value`` is a tensor of one of the dtypes."""
+    check_tensor(name, value)
+    if value.dtype not in dtypes:  # type: ignore[attr-defined]
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must have one of the dtypes {wanted}, got {got}")
+
+
+def check_rank(name: str, value: Tensor, ranks: Sequence[int], layout: str) -> None:
+    """Raise `ValueError` unless ``value`` has one of the ranks; ``layout`` names the axes."""
+    if value.dim() not in ranks:
+        raise ValueError(f"{name} must be {layout}, got {describe(value)}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """Raise `ValueError` unless ``value`` has exactly this shape; ``why`` says where it is from."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {describe(value)}")
+
+
+def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors share dtype (`TypeError`) and device (`ValueError`)."""
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `ValueError` unless ``value`` is one of the choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise `ValueError` unless ``value`` is a number above zero (or zero, where allowed)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not (value >= 0 if zero else value > 0):
+        raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}, got {value!r}")

@@ -1,0 +1,120 @@
+"""Pointwise half of an LSTM cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geco_fast import reference
+from geco_fast._autograd import (
+    below_autograd,
+    differentiable,
+    reference_gradients,
+    wants_graph,
+)
+from geco_fast._backend import select
+from geco_fast._checks import check_alike, check_floating, check_rank, check_shape
+from geco_fast.ops._operands import autocast_enabled
+
+
+class _LSTMGates(torch.autograd.Function):
+    """Saves only its inputs: backward recomputes the activations, which costs less than a load."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        _LSTMGates.remember(ctx, inputs, None)
+        with below_autograd():
+            return torch.ops.geco_fast.lstm_gates.default(*inputs)
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        gates, c, ctx.forget_bias = inputs
+        ctx.save_for_backward(gates, c)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gates, c = ctx.saved_tensors
+        if wants_graph():
+            return *reference_gradients(
+                lambda gates, c: reference.lstm_gates(gates, c, forget_bias=ctx.forget_bias),
+                (gates, c),
+                grads,
+            ), None
+        backward = torch.ops.geco_fast.lstm_gates_backward.default
+        return *backward(gates, c, ctx.forget_bias, *grads), None
+
+
+_lstm_gates = differentiable("lstm_gates", _LSTMGates)
+
+
+def lstm_gates(
+    gates: Tensor, c: Tensor, *, forget_bias: float = 0.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    r"""Apply the gates of an LSTM cell to its pre-activations.
+
+    .. math::
+        c' &= \sigma(f + b) \, c + \sigma(i) \tanh(g) \\
+        h' &= \sigma(o) \tanh(c')
+
+    with ``i, f, g, o = gates.chunk(4, dim=1)``, PyTorch's order, and forget bias ``b``.
+
+    Parameters
+    ----------
+    gates : Tensor
+        Pre-activations ``[B, 4C, *S]``, zero to three spatial dimensions; float32, float64,
+        bfloat16 or float16, any strides.
+    c : Tensor
+        Cell state ``[B, C, *S]``, of the same dtype and device. Under autocast it is brought to
+        the dtype of `gates`.
+    forget_bias : float
+        Added to the forget gate's pre-activation.
+    backend : {"auto", "reference", "cpu", "cuda", "triton"}
+        Which implementation serves the call.
+
+    Returns
+    -------
+    h, c_next : Tensor
+        Hidden and cell state ``[B, C, *S]`` in the dtype of `gates`, laid out as PyTorch would for
+        the same maths. Arithmetic is in float32 for the 16-bit dtypes.
+
+    Raises
+    ------
+    ValueError
+        If a rank, a shape or a device is wrong.
+    TypeError
+        If a dtype is not supported or the dtypes differ.
+    BackendUnavailable
+        If an explicitly chosen backend can't serve the call.
+
+    Notes
+    -----
+    Hochreiter and Schmidhuber, "Long short-term memory" (1997), with the forget gate of Gers et
+    al. (2000); its convolutional form is Shi et al., "Convolutional LSTM network" (2015), eq. 3
+    without peepholes.
+
+    Examples
+    --------
+    >>> import torch, geco_fast as gf
+    >>> h, c = gf.ops.lstm_gates(torch.randn(2, 4 * 8, 5, 5), torch.zeros(2, 8, 5, 5))
+    >>> h.shape
+    torch.Size([2, 8, 5, 5])
+    """
+    check_floating("gates", gates)
+    check_floating("c", c)
+    check_rank("gates", gates, range(2, 6), "[B, 4C, *S] with 0 to 3 spatial dimensions")
+    if gates.shape[1] % 4:
+        raise ValueError(
+            f"gates must have a channel count divisible by 4 (i, f, g, o), got {gates.shape[1]}"
+        )
+    shape = (gates.shape[0], gates.shape[1] // 4, *gates.shape[2:])
+    check_shape("c", c, shape, "a quarter of the channels of gates")
+    if autocast_enabled(gates.device.type):
+        c = c.to(gates.dtype)
+    check_alike("c", c, "gates", gates)
+    if select("lstm_gates", gates, backend) == "reference":
+        return reference.lstm_gates(gates, c, forget_bias=forget_bias)
+    h, c_next = _lstm_gates(gates, c, forget_bias)
+    return h, c_next

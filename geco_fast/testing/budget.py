@@ -1,0 +1,78 @@
+"""The accuracy rule: a result may be twice as far from the exact one as PyTorch's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+# A single element can be lucky in one arithmetic and not in the other.
+FEWEST_ELEMENTS = 256
+
+
+def draws(elements: int) -> int:
+    """How often to draw a case with this many elements, so that luck evens out."""
+    return -(-FEWEST_ELEMENTS // elements) if elements else 1
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest distance of `actual` from `exact` (float64) where `exact` is finite; NaN is infinite.
+
+    Where `exact` is not finite `actual` must not be, either: otherwise the error is infinite.
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape {list(actual.shape)} instead of {list(exact.shape)}")
+    actual = actual.detach().to(torch.float64)
+    finite = exact.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        return float("inf")
+    distance = (actual - exact)[finite].abs()
+    return distance.max().item() if distance.numel() else 0.0
+
+
+@dataclass
+class Budget:
+    """Holds one quantity, over all draws of a case, to the accuracy rule.
+
+    ``err(actual) <= k * err(reference in the same dtype) + eps(dtype) * max|exact|`` with k = 2 for
+    results and 3 for gradients; errors are the largest distances from the reference in float64.
+
+    In float64 the reference can't measure its own rounding: there `same` is float32's result, and
+    its error is scaled by the ratio of the two epsilons.
+    """
+
+    name: str
+    gradient: bool = False
+    got: float = 0.0
+    allowed_own: float = 0.0
+    allowed_unit: float = 0.0
+
+    def add(self, actual: Tensor, same: Tensor, exact: Tensor) -> None:
+        """Take in one draw: the result under test, the reference's and the exact one."""
+        epsilon = torch.finfo(actual.dtype).eps
+        own = error(same, exact) * epsilon / torch.finfo(same.dtype).eps
+        finite = exact[exact.isfinite()].abs()
+        largest = finite.max().item() if finite.numel() else 0.0
+        self.got = max(self.got, error(actual, exact))
+        self.allowed_own = max(self.allowed_own, (3 if self.gradient else 2) * own)
+        self.allowed_unit = max(self.allowed_unit, epsilon * largest)
+
+    def check(self) -> None:
+        """Raise AssertionError if the rule is broken."""
+        allowed = self.allowed_own + self.allowed_unit
+        if not self.got <= allowed:
+            raise AssertionError(f"{self.name}: error {self.got:.3e} exceeds {allowed:.3e}")
+
+
+def assert_within_budget(
+    actual: Tensor, same: Tensor, exact: Tensor, *, gradient: bool = False
+) -> None:
+    """Raise AssertionError unless one tensor keeps the accuracy rule (see `Budget`)."""
+    budget = Budget("result", gradient)
+    budget.add(actual, same, exact)
+    budget.check()

@@ -1,0 +1,457 @@
+"""One table of cases per operator; tests and benchmarks are driven by it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geco_fast import ops, reference
+
+Tensors = dict[str, Tensor]
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """Return the values of `tensor` in another memory layout.
+
+    `contiguous`, `channels_last` (dimension 1 innermost), `reversed` (the first dimension
+    innermost), `sliced` (a window of a parent that is NaN elsewhere), `strided` (every other
+    element of such a parent), `expanded` (the first batch element for all, at stride 0).
+    """
+    if layout == "contiguous" or tensor.dim() == 0:
+        return tensor.contiguous()
+    if layout == "channels_last":
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() > 2 else tensor
+    if layout == "reversed":
+        order = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(order).contiguous().permute(order)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape) if tensor.shape[0] else tensor
+    margin, step = {"sliced": (2, 1), "strided": (1, 2)}[layout]
+    parent = tensor.new_full([size * step + 2 * margin for size in tensor.shape], float("nan"))
+    window = parent[tuple(slice(margin, margin + size * step, step) for size in tensor.shape)]
+    return window.copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Parameters
+    ----------
+    operator : str
+        Name in `geco_fast.ops` and `geco_fast.reference`.
+    name : str
+        What is special about the case.
+    shapes : mapping
+        Shape of every tensor argument; values are standard normal.
+    options : mapping
+        Keyword options of the call.
+    layout : str or mapping
+        Memory layout of all tensors, or of each by name (see `lay_out`).
+    scale : float
+        Factor on the values.
+    adapt : callable, optional
+        Turns the tensors into the call's arguments, where those aren't the tensors themselves.
+    prepare : callable, optional
+        Changes values before they are laid out, such as making a variance positive.
+    differentiable : tuple of str, optional
+        Names of the tensors that get gradients; all by default.
+    written : tuple of str
+        Names of the tensors that the operator updates in place.
+    tags : frozenset of str
+        "bench": a row of the benchmark; "small": gradcheck is affordable.
+    """
+
+    operator: str
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: str | Mapping[str, str] = "contiguous"
+    scale: float = 1.0
+    adapt: Callable[[Tensors], dict[str, Any]] | None = None
+    prepare: Callable[[Tensors], Tensors] | None = None
+    differentiable: tuple[str, ...] | None = None
+    written: tuple[str, ...] = ()
+    tags: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.name}"
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> Tensors:
+        """Fresh tensors of this case, each laid out as asked."""
+        generator = torch.Generator().manual_seed(seed)
+        made = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64) * self.scale
+            for name, shape in self.shapes.items()
+        }
+        if self.prepare is not None:
+            made = self.prepare(made)
+        layouts = self.layout if isinstance(self.layout, Mapping) else {}
+        default = self.layout if isinstance(self.layout, str) else "contiguous"
+        return {
+            name: lay_out(
+                tensor.to(dtype) if tensor.is_floating_point() else tensor,
+                layouts.get(name, default),
+            )
+            for name, tensor in made.items()
+        }
+
+    def _call(self, function: Callable[..., Any], tensors: Tensors, **extra: Any) -> Any:
+        arguments = self.adapt(tensors) if self.adapt is not None else tensors
+        result = function(**arguments, **self.options, **extra)
+        return result if isinstance(result, tuple) else (result,)
+
+    def run(self, tensors: Tensors, backend: str = "auto") -> tuple[Tensor, ...]:
+        """Results of the public function."""
+        return self._call(getattr(ops, self.operator), tensors, backend=backend)
+
+    def define(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """Results of the reference."""
+        return self._call(getattr(reference, self.operator), tensors)
+
+    def gradient_names(self) -> tuple[str, ...]:
+        """Names of the tensors that get gradients."""
+        return tuple(self.shapes) if self.differentiable is None else self.differentiable
+
+
+SMALL = frozenset({"small"})
+BENCH = frozenset({"bench"})
+
+
+def _lstm_gates(batch: int, channels: int, *spatial: int) -> dict[str, tuple[int, ...]]:
+    return {"gates": (batch, 4 * channels, *spatial), "c": (batch, channels, *spatial)}
+
+
+LSTM_GATES = [
+    Case("lstm_gates", "vector", _lstm_gates(3, 5), tags=SMALL),
+    Case("lstm_gates", "sequence", _lstm_gates(2, 3, 7), {"forget_bias": 1.0}, tags=SMALL),
+    Case("lstm_gates", "image", _lstm_gates(2, 3, 5, 4), tags=SMALL),
+    Case("lstm_gates", "volume", _lstm_gates(2, 2, 3, 2, 3), {"forget_bias": -0.5}),
+    Case("lstm_gates", "one", _lstm_gates(1, 1, 1, 1)),
+    Case("lstm_gates", "no-batch", _lstm_gates(0, 3, 4, 4)),
+    Case("lstm_gates", "no-channels", _lstm_gates(2, 0, 4)),
+    Case("lstm_gates", "no-pixels", _lstm_gates(2, 3, 0, 4)),
+    Case("lstm_gates", "tail", _lstm_gates(1, 1, 67)),
+    Case("lstm_gates", "several-threads", _lstm_gates(8, 16, 13, 11)),
+    Case("lstm_gates", "large-values", _lstm_gates(4, 8, 6, 6), scale=40.0),
+    Case("lstm_gates", "tiny-values", _lstm_gates(4, 8, 6, 6), scale=1e-3),
+    *(
+        Case("lstm_gates", layout, _lstm_gates(3, 4, 5, 6), layout=layout)
+        for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+    ),
+    *(
+        Case(
+            "lstm_gates",
+            f"{gates}-with-{c}",
+            _lstm_gates(3, 4, 5, 6),
+            layout={"gates": gates, "c": c},
+        )
+        for gates, c in (
+            ("channels_last", "contiguous"),
+            ("contiguous", "channels_last"),
+            ("contiguous", "strided"),
+            ("expanded", "channels_last"),
+        )
+    ),
+    Case("lstm_gates", "step-64x8x8", _lstm_gates(32, 64, 8, 8), tags=BENCH),
+    Case("lstm_gates", "step-128x8x8", _lstm_gates(32, 128, 8, 8), tags=BENCH),
+    Case(
+        "lstm_gates",
+        "step-128x8x8-channels-last",
+        _lstm_gates(32, 128, 8, 8),
+        layout="channels_last",
+        tags=BENCH,
+    ),
+    Case("lstm_gates", "batch-1-64x7x7", _lstm_gates(1, 64, 7, 7), tags=BENCH),
+    Case("lstm_gates", "beyond-cache-256x32x32", _lstm_gates(32, 256, 32, 32), tags=BENCH),
+]
+
+
+def _alike(names: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names.split(), shape)
+
+
+def _same_shape_cases(operator: str, names: str, options: Mapping[str, Any]) -> list[Case]:
+    """Ranks, sizes, layouts and magnitudes of an operator whose tensors share one shape."""
+    return [
+        Case(operator, "vector", _alike(names, 5), options, tags=SMALL),
+        Case(operator, "matrix", _alike(names, 3, 4), options, tags=SMALL),
+        Case(operator, "volume", _alike(names, 2, 3, 2, 3, 2), options),
+        Case(operator, "one", _alike(names, 1, 1), options),
+        Case(operator, "no-batch", _alike(names, 0, 3, 4), options),
+        Case(operator, "no-pixels", _alike(names, 3, 0, 4), options),
+        Case(operator, "long-row", _alike(names, 2, 1031), options),
+        Case(operator, "large-values", _alike(names, 3, 40), options, scale=4.0),
+        Case(operator, "tiny-values", _alike(names, 3, 40), options, scale=1e-3),
+        *(
+            Case(operator, layout, _alike(names, 3, 4, 5, 6), options, layout=layout)
+            for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+        ),
+    ]
+
+
+GAUSSIAN_LATENT = _same_shape_cases(
+    "gaussian_latent", "q_mean q_log_std p_mean p_log_std noise", {}
+)
+
+AFFINE_COUPLING = [
+    *_same_shape_cases("affine_coupling", "x log_scale shift", {}),
+    *(
+        Case(
+            "affine_coupling",
+            f"{scale_map}-{direction}",
+            _alike("x log_scale shift", 3, 4),
+            {"scale_map": scale_map, "inverse": direction == "inverse", "clamp": 1.5},
+            tags=SMALL,
+        )
+        for scale_map in ("exp", "tanh", "atan", "sigmoid")
+        for direction in ("forward", "inverse")
+    ),
+]
+
+SQUARED_ERROR = [
+    *_same_shape_cases("squared_error", "x y", {}),
+    Case("squared_error", "sum", _alike("x y", 3, 2, 4), {"reduction": "sum"}, tags=SMALL),
+]
+
+
+def _coupling_mlp(batch: int, *widths: int, context: bool = False) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"x": (batch, widths[0])}
+    if context:
+        shapes["context_projection"] = (batch, widths[1])
+    for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+        shapes[f"weight{layer}"] = (outputs, inputs)
+        shapes[f"bias{layer}"] = (outputs,)
+    return shapes
+
+
+def _coupling_mlp_arguments(tensors: Tensors) -> dict[str, Any]:
+    return {
+        "x": tensors["x"],
+        "context_projection": tensors.get("context_projection"),
+        "weights": [tensor for name, tensor in tensors.items() if name.startswith("weight")],
+        "biases": [tensor for name, tensor in tensors.items() if name.startswith("bias")],
+    }
+
+
+def _coupling_mlp_case(
+    name: str, shapes: dict[str, tuple[int, ...]], activation: str = "relu", **fields: Any
+) -> Case:
+    options = {"activation": activation}
+    return Case("coupling_mlp", name, shapes, options, adapt=_coupling_mlp_arguments, **fields)
+
+
+COUPLING_MLP = [
+    _coupling_mlp_case("one-layer", _coupling_mlp(3, 4, 5), tags=SMALL),
+    _coupling_mlp_case("tanh", _coupling_mlp(3, 4, 5, 2), "tanh", tags=SMALL),
+    _coupling_mlp_case("elu", _coupling_mlp(2, 3, 4, 2), "elu", tags=SMALL),
+    _coupling_mlp_case("context", _coupling_mlp(2, 3, 4, 3, 2, context=True), "silu", tags=SMALL),
+    _coupling_mlp_case("relu", _coupling_mlp(9, 8, 16, 12, 6, context=True)),
+    _coupling_mlp_case("leaky-relu", _coupling_mlp(9, 8, 16, 6), "leaky_relu"),
+    _coupling_mlp_case("no-batch", _coupling_mlp(0, 8, 12, 6)),
+    _coupling_mlp_case("no-inputs", _coupling_mlp(3, 0, 4, 2)),
+    _coupling_mlp_case("one", _coupling_mlp(1, 1, 1, 1)),
+    *(
+        _coupling_mlp_case(layout, _coupling_mlp(5, 8, 12, 6, context=True), layout=layout)
+        for layout in ("reversed", "sliced", "strided")
+    ),
+]
+
+
+def _pncc(
+    name: str, *shape: int, layout: str = "contiguous", tags: Any = (), **options: Any
+) -> Case:
+    return Case("pncc", name, _alike("x y", *shape), options, layout, tags=frozenset(tags))
+
+
+PNCC = [
+    _pncc("line", 2, 2, 6, patch_size=3, tags=SMALL),
+    _pncc("image", 2, 2, 4, 4, patch_size=(2, 3), tags=SMALL),
+    _pncc("sum", 1, 2, 3, 3, 2, patch_size=2, reduction="sum", eps=0.1, tags=SMALL),
+    _pncc(
+        "separate-mean",
+        *(2, 2, 4, 5),
+        patch_size=3,
+        stride=(1, 2),
+        channels="separate",
+        reduction="mean",
+        tags=SMALL,
+    ),
+    _pncc("default-patch", 2, 3, 12, 11),
+    _pncc("whole-image", 2, 3, 7, 5, patch_size=(7, 5)),
+    _pncc("strides", 2, 3, 12, 11, patch_size=5, stride=(4, 3)),
+    _pncc("no-batch", 0, 3, 8, 8, patch_size=3),
+    _pncc("no-channels", 2, 0, 8, 8, patch_size=3),
+    *(
+        _pncc(layout, 2, 3, 9, 8, patch_size=(4, 3), channels=channels, layout=layout)
+        for layout, channels in (
+            ("channels_last", "joint"),
+            ("reversed", "separate"),
+            ("sliced", "joint"),
+            ("strided", "separate"),
+            ("expanded", "joint"),
+        )
+    ),
+]
+
+
+def _conv_lstm(
+    batch: int, inputs: int, channels: int, spatial: tuple[int, int], kernel: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (batch, inputs, *spatial),
+        "h": (batch, channels, *spatial),
+        "c": (batch, channels, *spatial),
+        "weight": (4 * channels, inputs + channels, *kernel),
+    }
+
+
+def _without_x(tensors: Tensors) -> dict[str, Any]:
+    return {**tensors, "x": None}
+
+
+CONV_LSTM_STEP = [
+    Case("conv_lstm_step", "plain", _conv_lstm(1, 1, 2, (3, 3), (3, 3)), tags=SMALL),
+    Case(
+        "conv_lstm_step",
+        "bias-projection",
+        {**_conv_lstm(2, 2, 1, (2, 3), (1, 3)), "bias": (4,), "x_projection": (2, 4, 2, 3)},
+        {"forget_bias": 1.0},
+        tags=SMALL,
+    ),
+    Case(
+        "conv_lstm_step",
+        "hoisted",
+        {
+            "h": (2, 2, 3, 2),
+            "c": (2, 2, 3, 2),
+            "weight": (8, 2, 3, 1),
+            "x_projection": (2, 8, 3, 2),
+        },
+        adapt=_without_x,
+        tags=SMALL,
+    ),
+    Case("conv_lstm_step", "kernel-5", _conv_lstm(3, 6, 8, (7, 6), (5, 5)), scale=0.3),
+    Case("conv_lstm_step", "one", _conv_lstm(1, 1, 1, (1, 1), (5, 5))),
+    Case("conv_lstm_step", "no-batch", _conv_lstm(0, 2, 3, (4, 4), (3, 3))),
+    Case("conv_lstm_step", "no-inputs", _conv_lstm(2, 0, 3, (4, 4), (3, 3))),
+    Case("conv_lstm_step", "no-channels", _conv_lstm(2, 2, 0, (4, 4), (3, 3))),
+    Case("conv_lstm_step", "no-pixels", _conv_lstm(2, 2, 3, (0, 4), (3, 3))),
+    *(
+        Case("conv_lstm_step", layout, _conv_lstm(3, 4, 5, (5, 6), (3, 3)), layout=layout)
+        for layout in ("channels_last", "reversed", "sliced", "strided")
+    ),
+]
+
+
+def _conv2d(batch: int, inputs: int, outputs: int, *kernel: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (batch, inputs, 5, 4), "weight": (outputs, inputs, *kernel), "bias": (outputs,)}
+
+
+CONV2D = [
+    Case("conv2d", "3x3", _conv2d(1, 2, 2, 3, 3), tags=SMALL),
+    Case("conv2d", "1x5", _conv2d(2, 1, 2, 1, 5), tags=SMALL),
+    Case("conv2d", "7x7", _conv2d(3, 4, 6, 7, 7)),
+    Case("conv2d", "no-batch", _conv2d(0, 2, 3, 3, 3)),
+    Case("conv2d", "no-inputs", _conv2d(2, 0, 3, 3, 3)),
+    Case("conv2d", "no-outputs", _conv2d(2, 3, 0, 3, 3)),
+    *(
+        Case("conv2d", layout, _conv2d(3, 4, 5, 3, 3), layout=layout)
+        for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+    ),
+]
+
+
+def _own_geco_state(tensors: Tensors) -> dict[str, Any]:
+    """State of a dtype that the operator takes, copied: a call must not change the next one's."""
+    state = {name: tensor.clone() for name, tensor in tensors.items() if name != "c_hat"}
+    for name in ("ema", "log_lambda"):
+        state[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
+    return {"c_hat": tensors["c_hat"], **state}
+
+
+def _geco_update(
+    name: str,
+    *c_hat: int,
+    step: int = 5,
+    layout: str = "contiguous",
+    tags: Any = (),
+    **options: Any,
+) -> Case:
+    return Case(
+        "geco_update",
+        name,
+        {"c_hat": c_hat, "ema": c_hat[:1], "log_lambda": c_hat[:1], "step": ()},
+        {"alpha": 0.9, "step_size": 0.1, **options},
+        {"c_hat": layout},
+        adapt=_own_geco_state,
+        prepare=lambda tensors: {**tensors, "step": torch.full((), step)},
+        differentiable=("c_hat",),
+        written=("ema", "log_lambda", "step"),
+        tags=frozenset(tags),
+    )
+
+
+# "small" are those whose gradient is that of their value: at step 0 average and batch are one.
+GECO_UPDATE = [
+    _geco_update("first-step", 2, 3, step=0, tags=SMALL),
+    _geco_update("evaluation", 2, 3, update=False, tags=SMALL),
+    _geco_update("batch", 2, 3),
+    _geco_update("means", 3),
+    _geco_update("one", 1, 1),
+    _geco_update("no-constraints", 0, 4),
+    _geco_update("many", 4, 300, layout="reversed", speedup=2.0, max_log_step=0.01),
+    _geco_update("softplus2", 3, 64, layout="strided", parametrization="softplus2"),
+]
+
+
+def _equilibrium_map(n: int, m: int, d: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (n, d), "psi": (m, d), "log_prior": (m,)}
+
+
+EQUILIBRIUM_MAP = [
+    Case("equilibrium_map", "small", _equilibrium_map(5, 3, 2), {"beta": 0.7}, tags=SMALL),
+    Case(
+        "equilibrium_map",
+        "beta-tensor",
+        {**_equilibrium_map(4, 3, 1), "beta": ()},
+        prepare=lambda tensors: {**tensors, "beta": tensors["beta"].exp()},
+        tags=SMALL,
+    ),
+    Case("equilibrium_map", "uniform", {"x": (50, 3), "psi": (20, 3)}, {"beta": 0.5}),
+    Case("equilibrium_map", "cold", _equilibrium_map(20, 6, 2), {"beta": 0.05}),
+    Case("equilibrium_map", "one", _equilibrium_map(1, 1, 1), {"beta": 1.0}),
+    Case("equilibrium_map", "no-dimensions", _equilibrium_map(3, 4, 0), {"beta": 1.0}),
+    *(
+        Case("equilibrium_map", layout, _equilibrium_map(9, 4, 3), {"beta": 1.0}, layout)
+        for layout in ("reversed", "sliced", "strided", "expanded")
+    ),
+]
+
+CASES: list[Case] = [
+    *AFFINE_COUPLING,
+    *CONV2D,
+    *CONV_LSTM_STEP,
+    *COUPLING_MLP,
+    *EQUILIBRIUM_MAP,
+    *GAUSSIAN_LATENT,
+    *GECO_UPDATE,
+    *LSTM_GATES,
+    *PNCC,
+    *SQUARED_ERROR,
+]
+
+
+def cases(operator: str | None = None, tag: str | None = None) -> list[Case]:
+    """Cases of an operator (all by default): those with a tag, or without one those not "bench"."""
+    return [
+        case
+        for case in CASES
+        if operator in (None, case.operator)
+        and (tag in case.tags if tag else "bench" not in case.tags)
+    ]

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per operator; installed as `geco_fast.kernels`."""

@@ -1,0 +1,130 @@
+"""Which backend serves a call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import geco_fast as gf
+from geco_fast._backend import LIBRARY, select
+from geco_fast._registry import KERNELS
+
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
+
+
+@pytest.fixture
+def operands() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 12, 3), torch.randn(2, 3, 3)
+
+
+@needs_library
+def test_auto_takes_the_kernel(operands: tuple[Tensor, Tensor]) -> None:
+    assert select("lstm_gates", operands[0], "auto") == "cpu"
+    assert select("lstm_gates", operands[0].to("meta"), "auto") == "reference"
+    assert select("no_such_operator", operands[0], "auto") == "reference"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_explicit_choice_never_falls_back(backend: str, operands: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(gf.BackendUnavailable, match=f"'{backend}' is unavailable: .*; "):
+        gf.ops.lstm_gates(*operands, backend=backend)
+    with gf.use_backend(backend), pytest.raises(gf.BackendUnavailable):
+        gf.ops.lstm_gates(*operands)
+
+
+def test_operator_without_a_kernel_says_so() -> None:
+    (name,) = {"squared_error", *KERNELS} - set(KERNELS)
+    with pytest.raises(gf.BackendUnavailable, match=name):
+        gf.ops.squared_error(torch.ones(1, 2), torch.ones(1, 2), backend="cpu")
+
+
+@needs_library
+def test_kernel_refuses_another_device(operands: tuple[Tensor, Tensor]) -> None:
+    gates, c = (operand.to("meta") for operand in operands)
+    with pytest.raises(gf.BackendUnavailable, match="got one on meta"):
+        gf.ops.lstm_gates(gates, c, backend="cpu")
+
+
+@needs_library
+def test_kernel_refuses_transforms(operands: tuple[Tensor, Tensor]) -> None:
+    mapped = torch.func.vmap(lambda g, c: gf.ops.lstm_gates(g, c, backend="cpu"))
+    with pytest.raises(gf.BackendUnavailable, match=r"torch\.func"):
+        mapped(*(operand[None] for operand in operands))
+
+
+def test_export_uses_pytorchs_operators(operands: tuple[Tensor, Tensor]) -> None:
+    class Cell(torch.nn.Module):
+        def forward(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            return gf.ops.lstm_gates(gates, c)
+
+    program = torch.export.export(Cell(), operands)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets
+    assert not any("geco_fast" in target for target in targets)
+
+
+def test_use_backend_nests_and_restores(operands: tuple[Tensor, Tensor]) -> None:
+    outside = select("lstm_gates", operands[0], "auto")
+    with contextlib.suppress(KeyError), gf.use_backend("reference"):
+        assert select("lstm_gates", operands[0], "auto") == "reference"
+        with gf.use_backend("auto"):
+            assert select("lstm_gates", operands[0], "auto") == outside
+        assert select("lstm_gates", operands[0], "auto") == "reference"
+        raise KeyError
+    assert select("lstm_gates", operands[0], "auto") == outside
+
+
+def test_use_backend_keeps_to_its_thread(operands: tuple[Tensor, Tensor]) -> None:
+    seen: list[str] = []
+    outside = select("lstm_gates", operands[0], "auto")
+    with gf.use_backend("reference"):
+        thread = threading.Thread(
+            target=lambda: seen.append(select("lstm_gates", operands[0], "auto"))
+        )
+        thread.start()
+        thread.join()
+    assert seen == [outside]
+
+
+def test_unknown_name(operands: tuple[Tensor, Tensor]) -> None:
+    message = r"backend must be one of 'auto', .*, got 'gpu'"
+    with pytest.raises(ValueError, match=message):
+        gf.ops.lstm_gates(*operands, backend="gpu")
+    with pytest.raises(ValueError, match=message), gf.use_backend("gpu"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "shown"), [("reference", "reference"), ("gpu", "ValueError")])
+def test_environment_variable(value: str, shown: str) -> None:
+    code = (
+        "import torch; from geco_fast._backend import select; "
+        "print(select('lstm_gates', torch.ones(1), 'auto'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "GECO_FAST_BACKEND": value},
+        capture_output=True,
+        text=True,
+    )
+    assert shown in done.stdout + done.stderr
+
+
+@needs_library
+def test_instruction_set_can_be_forced_down() -> None:
+    best = LIBRARY.instruction_set()
+    assert LIBRARY.instruction_sets()[-1] == best
+    try:
+        LIBRARY.set_instruction_set("baseline")
+        assert LIBRARY.instruction_set() == "baseline"
+        with pytest.raises(ValueError, match=r"baseline.*got 'neon2'"):
+            LIBRARY.set_instruction_set("neon2")
+        assert LIBRARY.instruction_set() == "baseline"
+    finally:
+        LIBRARY.set_instruction_set(best)

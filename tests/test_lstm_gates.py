@@ -1,0 +1,233 @@
+"""What is special to lstm_gates; the rules common to all operators are in test_operators.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import geco_fast as gf
+from geco_fast import reference
+from geco_fast._backend import LIBRARY
+from geco_fast._checks import FLOATING
+from geco_fast.testing.budget import Budget, assert_within_budget
+from geco_fast.testing.cases import lay_out
+
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
+
+
+def operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    batch, channels, *spatial = shape
+    gates = torch.randn(batch, 4 * channels, *spatial, dtype=dtype)
+    return gates, torch.randn(batch, channels, *spatial, dtype=dtype)
+
+
+def test_is_pytorchs_lstm_cell() -> None:
+    torch.manual_seed(0)
+    cell = torch.nn.LSTMCell(5, 7, dtype=torch.float64)
+    x, h, c = (torch.randn(3, n, dtype=torch.float64) for n in (5, 7, 7))
+    gates = x @ cell.weight_ih.T + cell.bias_ih + h @ cell.weight_hh.T + cell.bias_hh
+    for got, wanted in zip(gf.ops.lstm_gates(gates, c), cell(x, (h, c)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_forget_bias_is_added_to_the_forget_gate() -> None:
+    gates, c = operands(2, 3, 4, dtype=torch.float64)
+    shifted = gates.clone()
+    shifted[:, 3:6] += 1.5
+    for got, wanted in zip(
+        gf.ops.lstm_gates(gates, c, forget_bias=1.5), gf.ops.lstm_gates(shifted, c), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_over_their_whole_range(level: str, dtype: torch.dtype) -> None:
+    """Through the operator, sigmoid and tanh alone: both within three units in the last place."""
+    x = torch.cat([torch.linspace(-60, 60, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
+    n = x.numel()
+    zero, open_gate = torch.zeros(n, dtype=dtype), torch.full((n,), 60.0, dtype=dtype)
+
+    def state(i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        gates = torch.cat([i, f, g, zero]).view(1, 4 * n)
+        return gf.ops.lstm_gates(gates, c.view(1, n), backend="cpu")[1].view(n)
+
+    before = LIBRARY.instruction_set()
+    LIBRARY.set_instruction_set(level)
+    sigmoid = state(zero, x, zero, torch.ones(n, dtype=dtype))
+    tanh = state(open_gate, zero, x, zero)
+    LIBRARY.set_instruction_set(before)
+    exact = [1 / (1 + math.exp(-v)) for v in x.tolist()], [math.tanh(v) for v in x.tolist()]
+    for got, wanted in zip((sigmoid, tanh), exact, strict=True):
+        wanted_tensor = torch.tensor(wanted, dtype=torch.float64)
+        error = (got.double() - wanted_tensor).abs()
+        assert (error <= 3 * torch.finfo(dtype).eps * wanted_tensor.abs()).all()
+
+
+@needs_library
+@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_non_finite_values_stay_where_they_are(level: str, dtype: torch.dtype) -> None:
+    gates, c = operands(1, 1, 512, dtype=dtype)
+    for k, value in enumerate((math.nan, math.inf, -math.inf)):
+        for block in range(4):
+            gates[0, block, 10 * k + block] = value
+        c[0, 0, 10 * k + 4] = value
+    before = LIBRARY.instruction_set()
+    LIBRARY.set_instruction_set(level)
+    results = gf.ops.lstm_gates(gates, c, backend="cpu")
+    LIBRARY.set_instruction_set(before)
+    same = torch.float32 if dtype == torch.float64 else dtype
+    for got, s, exact in zip(
+        results,
+        reference.lstm_gates(gates.to(same), c.to(same)),
+        reference.lstm_gates(gates.double(), c.double()),
+        strict=True,
+    ):
+        assert not exact.isfinite().all()
+        assert_within_budget(got, s, exact)
+
+
+LAYOUTS = ["contiguous", "channels_last", "reversed", "sliced", "strided", "expanded"]
+
+
+@needs_library
+@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+def test_any_shape_stride_and_dtype(level: str) -> None:
+    # The rule holds over all examples together: a handful of elements may be lucky.
+    budgets = {(dtype, k): Budget(f"{dtype} result {k}") for dtype in FLOATING for k in range(2)}
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        sizes=st.tuples(st.integers(0, 5), st.integers(0, 9)),
+        spatial=st.lists(st.integers(0, 6), max_size=3),
+        layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+        dtype=st.sampled_from(FLOATING),
+        bias=st.floats(-3, 3),
+        seed=st.integers(0, 2**31),
+    )
+    def check(sizes, spatial, layouts, dtype, bias, seed) -> None:  # type: ignore[no-untyped-def]
+        torch.manual_seed(seed)
+        gates, c = map(lay_out, operands(*sizes, *spatial, dtype=dtype), layouts)
+        same = torch.float32 if dtype == torch.float64 else dtype
+        results = gf.ops.lstm_gates(gates, c, forget_bias=bias, backend="cpu")
+        for k, (got, s, exact, like) in enumerate(
+            zip(
+                results,
+                reference.lstm_gates(gates.to(same), c.to(same), forget_bias=bias),
+                reference.lstm_gates(gates.double(), c.double(), forget_bias=bias),
+                reference.lstm_gates(gates, c, forget_bias=bias),
+                strict=True,
+            )
+        ):
+            assert got.shape == like.shape
+            assert got.isfinite().all()
+            budgets[dtype, k].add(got, s, exact)
+
+    before = LIBRARY.instruction_set()
+    LIBRARY.set_instruction_set(level)
+    check()
+    LIBRARY.set_instruction_set(before)
+    for budget in budgets.values():
+        budget.check()
+
+
+@needs_library
+def test_threads_do_not_change_a_bit() -> None:
+    gates, c = operands(8, 32, 16, 16)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gf.ops.lstm_gates(gates, c, backend="cpu"))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_autocast_keeps_the_dtype_of_gates() -> None:
+    gates, c = operands(2, 3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h, c_next = gf.ops.lstm_gates(gates.bfloat16(), c)
+    assert h.dtype == c_next.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_recurrence_compiles_whole(dynamic: bool) -> None:
+    """One call's state is the next one's input."""
+    torch._dynamo.reset()
+
+    def roll(gates: Tensor, c: Tensor) -> Tensor:
+        h = c
+        for _ in range(3):
+            h, c = gf.ops.lstm_gates(gates + h.repeat(1, 4, 1), c)
+        return h
+
+    compiled = torch.compile(roll, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    gates, c = operands(2, 3, 4, dtype=torch.float64)
+    gates.requires_grad_()
+    (got,) = torch.autograd.grad(compiled(gates, c).sum(), gates)
+    (wanted,) = torch.autograd.grad(roll(gates, c).sum(), gates)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_new_batch_size_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(gf.ops.lstm_gates, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(*operands(4, 3, 5))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (2, 7, 33):
+            assert compiled(*operands(batch, 3, 5))[0].shape == (batch, 3, 5)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    gates, c = operands(2, 8, 5, 5)
+    gates.requires_grad_()
+    compiled = torch.compile(gf.ops.lstm_gates, fullgraph=True)
+    results = []
+    for function in (gf.ops.lstm_gates, compiled):
+        h, c_next = function(gates, c)
+        results.append([h, c_next, *torch.autograd.grad(h.sum() + c_next.sum(), gates)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+GATES, C = torch.zeros(2, 12, 5), torch.zeros(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("gates", "c", "error", "message"),
+    [
+        ([1.0], C, TypeError, r"gates must be a tensor, got list \[1.0\]"),
+        (GATES, None, TypeError, "c must be a tensor, got NoneType None"),
+        (GATES.int(), C, TypeError, "gates must have one of the dtypes float32.*got int32"),
+        (GATES, C.double(), TypeError, r"c must have the dtype of gates, torch.float32, got"),
+        (GATES, C.to("meta"), ValueError, "c must be on the device of gates, cpu, got meta"),
+        (GATES[0, 0], C, ValueError, r"gates must be \[B, 4C, \*S\].*shape \[5\]"),
+        (GATES[:, :10], C, ValueError, "gates must have a channel count divisible by 4.*got 10"),
+        (GATES, C[:, :2], ValueError, r"c must have shape \[2, 3, 5\].*got a tensor of shape"),
+        (GATES, C[..., None], ValueError, r"c must have shape \[2, 3, 5\]"),
+    ],
+)
+def test_bad_input(gates: object, c: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gf.ops.lstm_gates(gates, c)  # type: ignore[arg-type]
+
+
+@needs_library
+def test_operator_itself_checks_what_memory_needs() -> None:
+    forward, backward = torch.ops.geco_fast.lstm_gates, torch.ops.geco_fast.lstm_gates_backward
+    with pytest.raises(RuntimeError, match="lstm_gates: gates must be"):
+        forward(GATES, C[:, :2], 0.0)
+    with pytest.raises(RuntimeError, match="lstm_gates: dtypes differ"):
+        forward(GATES, C.double(), 0.0)
+    with pytest.raises(RuntimeError, match="a gradient must have the shape"):
+        backward(GATES, C, 0.0, C[:1], None)

@@ -1,0 +1,148 @@
+"""What is special to `pncc`: equality with unfolded patches, its range and its gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geco_fast.ops import pncc
+
+
+def images(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(2, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def unfolded(x, patch_size, stride):
+    """Patches ``[B, C, N, K]``: by `F.unfold` in one or two dimensions, slice by slice in three."""
+    channels, *spatial = x.shape[1:]
+    if len(spatial) == 1:
+        x, patch_size, stride = x.unsqueeze(2), (1, *patch_size), (1, *stride)
+    if len(spatial) < 3:
+        columns = F.unfold(x, patch_size, stride=stride)  # [B, C * K, N]
+        return columns.unflatten(1, (channels, math.prod(patch_size))).transpose(2, 3)
+    depth, deep = spatial[0], patch_size[0]
+    slabs = []
+    for start in range(0, depth - deep + 1, stride[0]):
+        slab = x[:, :, start : start + deep].flatten(1, 2)  # [B, C * deep, H, W]
+        columns = F.unfold(slab, patch_size[1:], stride=stride[1:])
+        slabs.append(columns.unflatten(1, (channels, math.prod(patch_size))).transpose(2, 3))
+    return torch.cat(slabs, 2)
+
+
+def scores_from_patches(x, y, patch_size, stride, channels, eps):
+    x, y = (unfolded(image, patch_size, stride) for image in (x, y))  # [B, C, N, K]
+    if channels == "joint":
+        x, y = (image.transpose(1, 2).flatten(2) for image in (x, y))  # [B, N, C * K]
+    x, y = (image - image.mean(-1, keepdim=True) for image in (x, y))
+    norms = ((image.pow(2).sum(-1) + eps).sqrt() for image in (x, y))
+    return (x * y).sum(-1) / math.prod(norms)
+
+
+@pytest.mark.parametrize("channels", ["joint", "separate"])
+@pytest.mark.parametrize(
+    ("spatial", "patch_size", "stride"),
+    [
+        ((9,), (4,), (1,)),
+        ((10,), (3,), (2,)),
+        ((8, 8), (8, 8), (1, 1)),
+        ((9, 7), (2, 3), (1, 1)),
+        ((9, 8), (4, 5), (3, 2)),
+        ((5, 6), (1, 2), (1, 4)),
+        ((4, 5, 6), (2, 3, 2), (1, 1, 1)),
+        ((5, 6, 4), (3, 2, 4), (2, 3, 1)),
+    ],
+)
+def test_matches_unfold(spatial, patch_size, stride, channels):
+    x, y = images(2, 3, *spatial)
+    for eps in (1e-6, 0.5):
+        scores = pncc(x, y, patch_size, stride=stride, channels=channels, eps=eps)
+        wanted = scores_from_patches(x, y, patch_size, stride, channels, eps)
+        grid = [(s - k) // d + 1 for s, k, d in zip(spatial, patch_size, stride, strict=True)]
+        assert scores.shape == ((2, *grid) if channels == "joint" else (2, 3, *grid))
+        torch.testing.assert_close(scores.flatten(), wanted.flatten())
+        for reduction in ("sum", "mean"):
+            reduced = pncc(
+                x, y, patch_size, stride=stride, channels=channels, eps=eps, reduction=reduction
+            )
+            torch.testing.assert_close(reduced, getattr(wanted.flatten(1), reduction)(1))
+
+
+def test_one_number_serves_every_dimension():
+    x, y = images(2, 3, 9, 8)
+    assert torch.equal(pncc(x, y, 4, stride=2), pncc(x, y, (4, 4), stride=[2, 2]))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_scores_never_leave_their_range(scale, offset):
+    x, _ = images(8, 2, 12, 12, dtype=torch.float32)
+    x = scale * x + offset
+    for y in (x, -x, 3 * x + 1, torch.full_like(x, offset), torch.zeros_like(x)):
+        scores = pncc(x, y, 5)
+        assert scores.isfinite().all()
+        assert scores.abs().max() <= 1
+
+
+def test_flat_patches_score_zero_with_finite_gradients():
+    x, y = (
+        image.requires_grad_() for image in (torch.full((1, 1, 4, 4), 7.0), torch.rand(1, 1, 4, 4))
+    )
+    scores = pncc(x, y, 3)
+    assert torch.equal(scores, torch.zeros(1, 2, 2))
+    for gradient in torch.autograd.grad(scores.sum(), (x, y)):
+        assert gradient.isfinite().all()
+
+
+def test_gradient_is_the_closed_form():
+    x, y = images(1, 2, 3, 3)
+    y.requires_grad_()
+    eps = 0.3
+    (gradient,) = torch.autograd.grad(pncc(x, y, 3, eps=eps).sum(), y)
+
+    def whiten(image):
+        centred = image.flatten() - image.mean()
+        norm = (centred.pow(2).sum() + eps).sqrt()
+        return centred / norm, norm
+
+    (psi_x, _), (psi_y, norm) = whiten(x), whiten(y.detach())
+    wanted = (psi_x - psi_x.dot(psi_y) * psi_y) / norm
+    torch.testing.assert_close(gradient.flatten(), wanted)
+
+
+def test_derivatives_survive_perfect_correlation():
+    # With next to no eps rounding takes some of these scores beyond 1, where they are clipped.
+    x, _ = images(16, 1, 4)
+    y = x.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda y: pncc(x, y, 4, eps=1e-30), (y,))
+
+
+def test_non_finite_values_stay_in_their_patches():
+    x, y = images(1, 1, 9)
+    x[0, 0, 4] = torch.nan
+    assert pncc(x, y, 3).isnan().tolist() == [[False, False, True, True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "error", "message"),
+    [
+        ((2, 3), {}, ValueError, r"x must be \[B, C, \*S\] with 1 to 3"),
+        (
+            (2, 3, 4, 9),
+            {},
+            ValueError,
+            r"patch_size must fit into the spatial shape \[4, 9\], got 8",
+        ),
+        ((2, 3, 9, 9), {"patch_size": (3, 3, 3)}, ValueError, "patch_size must have 2 entries"),
+        ((2, 3, 9, 9), {"patch_size": 0}, ValueError, "patch_size must be >= 1"),
+        ((2, 3, 9, 9), {"patch_size": 2.0}, TypeError, "patch_size must be an int or one int"),
+        ((2, 3, 9, 9), {"stride": (1, 0)}, ValueError, "stride must be >= 1"),
+        ((2, 3, 9, 9), {"eps": 0.0}, ValueError, "eps must be > 0"),
+        ((2, 3, 9, 9), {"channels": "all"}, ValueError, "channels must be one of"),
+        ((2, 3, 9, 9), {"reduction": "max"}, ValueError, "reduction must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(shape, options, error, message):
+    x = torch.ones(shape)
+    with pytest.raises(error, match=message):
+        pncc(x, x, **options)
