@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from geco_fast.bench.paired import Row
 
 from geco_fast._backend import LIBRARY
 from geco_fast._version import __version__
+from geco_fast.bench.paired import Row
 
 
 def processor() -> str:
@@ -26,10 +27,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The source's revision, with a mark if it was changed since; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def environment() -> dict[str, object]:
-    """Machine, versions and command of a result."""
+    """Machine, versions, revision and command of a result; of files the command keeps the name."""
+    words = (Path(word).name if "/" in word else word for word in sys.argv[1:])
     return {
-        "command": "geco-fast " + " ".join(sys.argv[1:]),
+        "command": " ".join(("geco-fast", *words)),
+        "commit": commit(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "instruction_sets": LIBRARY.instruction_sets() if LIBRARY else [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from geco_fast.bench.paired import DIRECTIONS, bench_cases, make_sides
 
 

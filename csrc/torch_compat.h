@@ -6,9 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
-#include <vector>
 
 #include "include/numeric.h"
 #include "include/strided.h"
@@ -16,7 +17,9 @@
 namespace geco {
 
 using torch::stable::Tensor;
-using Strides = std::vector<std::int64_t>;
+// Of a tensor of at most kMaxDims dimensions; what is beyond its rank is zero.
+using Strides = std::array<std::int64_t, kMaxDims>;
+using Order = std::array<int, kMaxDims>;
 
 inline DType dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
@@ -35,8 +38,12 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline Strides strides_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return Strides(strides.begin(), strides.end());
+  const auto given = tensor.strides();
+  STD_TORCH_CHECK(given.size() <= kMaxDims, "at most ", kMaxDims, " dimensions, got ",
+                  given.size());
+  Strides strides{};
+  std::copy(given.begin(), given.end(), strides.begin());
+  return strides;
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -48,7 +55,7 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 
 // Dimensions from the outermost to the innermost, ordered as TensorIterator orders them: by the
 // operands' strides, earlier operands first, broadcast dimensions left undecided.
-std::vector<int> memory_order(const Tensor& shape, std::initializer_list<const Strides*> operands);
+Order memory_order(const Tensor& shape, std::initializer_list<const Strides*> operands);
 
 // Dense strides for the sizes of `shape` in the order of the operands: the layout PyTorch gives to
 // a pointwise result.
@@ -81,6 +88,15 @@ void describe(const Tensor& shape, const Operand (&operands)[Operands::kOperands
               Operands* space) {
   describe(shape, operands, Operands::kOperands, &space->dims, space->size, space->stride,
            space->data);
+}
+
+// Runs a CPU kernel over the whole index space of its parameters on torch's threads.
+template <class Params, class Kernel>
+void launch_cpu(const Params& params, Kernel kernel) {
+  constexpr std::int64_t kGrain = 4096;  // elements that pay for a thread's start
+  torch::stable::parallel_for(
+      0, params.operands.numel(), kGrain,
+      [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace geco

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import geco_fast as gf
 
 KAPPA = 0.15  # root mean square error per pixel that is allowed
-EPOCHS = 30
+EPOCHS = 20
 
 
 class VAE(nn.Module):

@@ -13,7 +13,7 @@ import geco_fast as gf
 
 
 class Cell(nn.Module):
-    """A common way to write the cell: one convolution over [x, h], gates in the order i, f, o, g."""
+    """A common way to write it: one convolution over [x, h], gates in the order i, f, o, g."""
 
     def __init__(self, input_dim: int, hidden_dim: int, kernel_size: int) -> None:
         super().__init__()

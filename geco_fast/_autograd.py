@@ -30,11 +30,12 @@ def differentiable(
         lib=LIBRARY,
     )
     overload = getattr(torch.ops.geco_fast, operator).default
+    # `Function.apply` prepares for torch.func's transforms, under which no kernel is ever chosen;
+    # the method below it goes straight to the graph, in half the time.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
-            return overload(*arguments)
-        return function.apply(*arguments)
+        return overload(*arguments) if torch.compiler.is_compiling() else apply(*arguments)
 
     return call
 

@@ -38,20 +38,20 @@ def _load_library() -> tuple[ModuleType | None, str]:
 LIBRARY, _LIBRARY_REASON = _load_library()
 
 
+def default_backend() -> str:
+    """What "auto" means where nothing was chosen: the environment variable GECO_FAST_BACKEND."""
+    if _ENVIRONMENT not in BACKENDS:
+        check_choice("the environment variable GECO_FAST_BACKEND", _ENVIRONMENT, BACKENDS)
+    return _ENVIRONMENT
+
+
 class _Choice(threading.local):
-    """What "auto" means in this thread."""
+    """What "auto" means in this thread; None until something was chosen."""
 
-    def __init__(self) -> None:
-        self.backend = _DEFAULT
-
-
-def _default_backend() -> str:
-    value = os.environ.get("GECO_FAST_BACKEND", "auto")
-    check_choice("environment variable GECO_FAST_BACKEND", value, BACKENDS)
-    return value
+    backend: str | None = None
 
 
-_DEFAULT = _default_backend()
+_ENVIRONMENT = os.environ.get("GECO_FAST_BACKEND", "auto")
 _choice = _Choice()
 
 
@@ -155,10 +155,11 @@ def select(operator: str, tensor: Tensor, backend: str) -> str:
         If an explicit choice can't serve the call.
     """
     if backend == "auto":
-        backend = _choice.backend
+        backend = _choice.backend or default_backend()
     # Dynamo traces through the function and keeps its answer; it would warn of the cache.
     resolve = _resolve if torch.compiler.is_compiling() else _resolve_once
-    chosen = resolve(operator, backend, tensor.device.type, tensor.dtype)
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    chosen = resolve(operator, backend, device, tensor.dtype)
     if chosen == "reference":
         return chosen
     reason = _transform_reason()

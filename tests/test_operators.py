@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -165,14 +166,12 @@ def test_gradcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_opcheck(case: Case) -> None:
     tensors = case.tensors(torch.float32)
-    arguments = case.adapt(tensors) if case.adapt else dict(tensors)
-    operator = getattr(torch.ops.geco_fast, case.operator)
-    names = [argument.name for argument in operator.default._schema.arguments]
-    defaults = {
-        argument.name: argument.default_value for argument in operator.default._schema.arguments
-    }
-    values = [{**defaults, "forget_bias": 0.0, **arguments, **case.options}[name] for name in names]
-    torch.library.opcheck(operator.default, tuple(values))
+    public = inspect.signature(getattr(gf.ops, case.operator)).parameters
+    arguments = {name: parameter.default for name, parameter in public.items()}
+    arguments |= {**(case.adapt(tensors) if case.adapt else tensors), **case.options}
+    operator = getattr(torch.ops.geco_fast, case.operator).default
+    values = tuple(arguments[argument.name] for argument in operator._schema.arguments)
+    torch.library.opcheck(operator, values)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

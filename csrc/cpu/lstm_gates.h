@@ -14,28 +14,23 @@ namespace {
 // two functions. Either factor comes back by one multiplication.
 template <class T>
 struct Gates {
-  Vec<T> i, f, o, i_times_g, f_times_c, c_next, h, g_derivative, tanh_c_next_derivative;
+  Vec<T> s_o, i, f, i_times_g, f_times_c, g_derivative, c_next;
 };
 
 template <class T>
-inline Gates<T> lstm_gates_at(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c) {
+inline Gates<T> lstm_gates_head(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c) {
   Gates<T> r;
   const Vec<T> s_i = sigmoid_denominator<T>(i);
   const Vec<T> s_f = sigmoid_denominator<T>(f);
   const TanhParts<T> t_g = tanh_parts<T>(g);
-  const Vec<T> s_o = sigmoid_denominator<T>(o);
-  const Vec<T> inverse_ig = reciprocal(s_i * t_g.denominator);
-  r.i_times_g = inverse_ig * t_g.numerator;
-  r.i = inverse_ig * t_g.denominator;
-  r.g_derivative = t_g.derivative(inverse_ig * s_i);
+  r.s_o = sigmoid_denominator<T>(o);
+  const Vec<T> inverse = reciprocal(s_i * t_g.denominator);
+  r.i_times_g = inverse * t_g.numerator;
+  r.i = inverse * t_g.denominator;
+  r.g_derivative = t_g.derivative(inverse * s_i);
   r.f = reciprocal(s_f);
   r.f_times_c = r.f * c;
   r.c_next = r.f * c + r.i_times_g;
-  const TanhParts<T> t_c = tanh_parts<T>(r.c_next);
-  const Vec<T> inverse_oc = reciprocal(s_o * t_c.denominator);
-  r.h = inverse_oc * t_c.numerator;
-  r.o = inverse_oc * t_c.denominator;
-  r.tanh_c_next_derivative = t_c.derivative(inverse_oc * s_o);
   return r;
 }
 
@@ -44,13 +39,18 @@ void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget
   using T = typename Compute<Storage>::type;
   using F = lstm_gates::Forward;
   const T bias = T(forget_bias);
-  for_each_vector<T>(count, [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
+  const auto head = [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
     const auto in = [&](int k) { return load(p[k] + j, n...); };
-    const Gates<T> r = lstm_gates_at<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias,
-                                        in(lstm_gates::kG), in(lstm_gates::kO), in(lstm_gates::kC));
-    store(p[F::kCNext] + j, r.c_next, n...);
-    store(p[F::kH] + j, r.h, n...);
-  });
+    return lstm_gates_head<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias, in(lstm_gates::kG),
+                              in(lstm_gates::kO), in(lstm_gates::kC));
+  };
+  for_each_vector<T>(
+      count, head,
+      [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
+        const TanhParts<T> t = tanh_parts<T>(r.c_next);
+        store(p[F::kCNext] + j, r.c_next, n...);
+        store(p[F::kH] + j, reciprocal(r.s_o * t.denominator) * t.numerator, n...);
+      });
 }
 
 template <class Storage>
@@ -58,20 +58,29 @@ void lstm_gates_backward_run(Storage* const* p, std::int64_t count, double forge
   using T = typename Compute<Storage>::type;
   using B = lstm_gates::Backward;
   const T bias = T(forget_bias);
-  for_each_vector<T>(count, [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
+  const OrZeros<Storage> grad_h(p[B::kGradH]), grad_c_next(p[B::kGradCNext]);
+  const auto head = [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
     const auto in = [&](int k) { return load(p[k] + j, n...); };
-    const Gates<T> r = lstm_gates_at<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias,
-                                        in(lstm_gates::kG), in(lstm_gates::kO), in(lstm_gates::kC));
-    const Vec<T> d_h = p[B::kGradH] ? in(B::kGradH) : Vec<T>{};
-    const Vec<T> d_out = p[B::kGradCNext] ? in(B::kGradCNext) : Vec<T>{};
-    // d sigmoid(x) = s - s^2, times the factor it stands with.
-    const Vec<T> d_c_next = d_h * r.o * r.tanh_c_next_derivative + d_out;
-    store(p[B::kGradI] + j, d_c_next * (r.i_times_g - r.i_times_g * r.i), n...);
-    store(p[B::kGradF] + j, d_c_next * (r.f_times_c - r.f_times_c * r.f), n...);
-    store(p[B::kGradG] + j, d_c_next * r.i * r.g_derivative, n...);
-    store(p[B::kGradO] + j, d_h * (r.h - r.h * r.o), n...);
-    store(p[B::kGradC] + j, d_c_next * r.f, n...);
-  });
+    return lstm_gates_head<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias, in(lstm_gates::kG),
+                              in(lstm_gates::kO), in(lstm_gates::kC));
+  };
+  for_each_vector<T>(
+      count, head,
+      [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
+        const Vec<T> d_h = load(grad_h + j, n...);
+        const Vec<T> d_out = load(grad_c_next + j, n...);
+        const TanhParts<T> t = tanh_parts<T>(r.c_next);
+        const Vec<T> inverse = reciprocal(r.s_o * t.denominator);
+        const Vec<T> h = inverse * t.numerator;
+        const Vec<T> o = inverse * t.denominator;
+        // d sigmoid(x) = s - s^2, times the factor it stands with.
+        const Vec<T> d_c_next = d_h * o * t.derivative(inverse * r.s_o) + d_out;
+        store(p[B::kGradI] + j, d_c_next * (r.i_times_g - r.i_times_g * r.i), n...);
+        store(p[B::kGradF] + j, d_c_next * (r.f_times_c - r.f_times_c * r.f), n...);
+        store(p[B::kGradG] + j, d_c_next * r.i * r.g_derivative, n...);
+        store(p[B::kGradO] + j, d_h * (h - h * o), n...);
+        store(p[B::kGradC] + j, d_c_next * r.f, n...);
+      });
 }
 
 void lstm_gates_forward(const lstm_gates::Forward& params, std::int64_t begin, std::int64_t end) {

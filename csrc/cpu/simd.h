@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -156,6 +156,9 @@ inline VecF32 clamp(VecF32 x, float low, float high) {
 #elif defined(__AVX2__)
   const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(x));
   return bit_cast<VecF32>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+#elif defined(__SSE2__)
+  const __m128 raised = _mm_max_ps(_mm_set1_ps(low), bit_cast<__m128>(x));
+  return bit_cast<VecF32>(_mm_min_ps(_mm_set1_ps(high), raised));
 #else
   x = x < low ? broadcast<float>(low) : x;
   return x > high ? broadcast<float>(high) : x;
@@ -272,6 +275,17 @@ inline TanhParts<T> tanh_parts(Vec<T> x) {
   return {em1 * scale + scale, numerator, numerator + T(2)};
 }
 
+// An input that may be absent, which stands for zeros; reading it takes no branch either way.
+template <class Storage>
+struct OrZeros {
+  static constexpr Storage kZeros[kVectorBytes / sizeof(Storage)] = {};
+  const Storage* data;
+  std::int64_t mask;
+  explicit OrZeros(const Storage* given)
+      : data(given ? given : kZeros), mask(given ? ~std::int64_t(0) : 0) {}
+  const Storage* operator+(std::int64_t j) const { return data + (j & mask); }
+};
+
 // Walks [begin, end) of the operands' index space in runs along the innermost dimension and calls
 // body(pointers, count) with unit-stride pointers. Operands with another innermost stride are
 // gathered to and scattered from a small buffer; absent ones stay null.
@@ -322,12 +336,23 @@ inline void for_each_run(const Operands& operands, std::int64_t begin, std::int6
   }
 }
 
-// Calls step(j) for each whole vector of `count` elements, then step(j, n) for what is left over.
-template <class T, class Step>
-inline void for_each_vector(std::int64_t count, Step step) {
+// Calls tail(head(j), j) for each whole vector of `count` elements, then tail(head(j, n), j, n) for
+// what is left over. In program order the next vector's head comes before this one's tail: an
+// out-of-order core holds one of the two at a time, and so always finds independent work.
+template <class T, class Head, class Tail>
+inline void for_each_vector(std::int64_t count, Head head, Tail tail) {
   std::int64_t j = 0;
-  for (; j + kLanes<T> <= count; j += kLanes<T>) step(j);
-  if (j < count) step(j, int(count - j));
+  if (count >= kLanes<T>) {
+    auto state = head(j);
+    for (; j + 2 * kLanes<T> <= count; j += kLanes<T>) {
+      auto next = head(j + kLanes<T>);
+      tail(state, j);
+      state = next;
+    }
+    tail(state, j);
+    j += kLanes<T>;
+  }
+  if (j < count) tail(head(j, int(count - j)), j, int(count - j));
 }
 
 }  // namespace

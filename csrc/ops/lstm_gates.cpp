@@ -10,8 +10,6 @@ namespace {
 using lstm_gates::Backward;
 using lstm_gates::Forward;
 
-constexpr std::int64_t kGrain = 4096;  // elements a thread must at least have to pay for its start
-
 void check(const Tensor& gates, const Tensor& c) {
   STD_TORCH_CHECK(gates.dim() >= 2 && gates.dim() <= kMaxDims && gates.dim() == c.dim() &&
                       gates.size(1) == 4 * c.size(1),
@@ -27,13 +25,6 @@ Operand gradient(const std::optional<Tensor>& grad, const Tensor& c) {
   STD_TORCH_CHECK(same_sizes(*grad, c) && grad->scalar_type() == c.scalar_type(),
                   "lstm_gates: a gradient must have the shape and dtype of c");
   return input(*grad);
-}
-
-template <class Params, class Kernel>
-void launch_cpu(const Params& params, Kernel kernel) {
-  torch::stable::parallel_for(
-      0, params.operands.numel(), kGrain,
-      [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace

@@ -20,9 +20,9 @@ int compare(const Tensor& shape, std::initializer_list<const Strides*> operands,
 
 }  // namespace
 
-std::vector<int> memory_order(const Tensor& shape, std::initializer_list<const Strides*> operands) {
+Order memory_order(const Tensor& shape, std::initializer_list<const Strides*> operands) {
   const int rank = int(shape.dim());
-  std::vector<int> inside_out(rank);
+  Order inside_out{};
   for (int d = 0; d < rank; ++d) inside_out[d] = rank - 1 - d;
   for (int i = 1; i < rank; ++i) {
     int moving = i;
@@ -34,17 +34,17 @@ std::vector<int> memory_order(const Tensor& shape, std::initializer_list<const S
       moving = j;
     }
   }
-  std::reverse(inside_out.begin(), inside_out.end());
+  std::reverse(inside_out.begin(), inside_out.begin() + rank);
   return inside_out;
 }
 
 Strides pointwise_strides(const Tensor& shape, std::initializer_list<const Strides*> operands) {
-  const std::vector<int> order = memory_order(shape, operands);
-  Strides strides(order.size());
+  const Order order = memory_order(shape, operands);
+  Strides strides{};
   std::int64_t next = 1;
-  for (auto d = order.rbegin(); d != order.rend(); ++d) {
-    strides[*d] = next;
-    next *= std::max<std::int64_t>(shape.size(*d), 1);
+  for (int k = int(shape.dim()) - 1; k >= 0; --k) {
+    strides[order[k]] = next;
+    next *= std::max<std::int64_t>(shape.size(order[k]), 1);
   }
   return strides;
 }
@@ -69,12 +69,13 @@ Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels) {
 
 void describe(const Tensor& shape, const Operand* operands, int count, int* dims,
               std::int64_t* size, std::int64_t (*stride)[kMaxDims], void** data) {
-  STD_TORCH_CHECK(shape.dim() <= kMaxDims, "at most ", kMaxDims, " dimensions, got ", shape.dim());
   for (int k = 0; k < count; ++k) data[k] = operands[k].data;
 
   // The last operand is an output, hence dense: its order is total.
   *dims = 0;
-  for (const int d : memory_order(shape, {&operands[count - 1].strides})) {
+  const Order order = memory_order(shape, {&operands[count - 1].strides});
+  for (int position = 0; position < int(shape.dim()); ++position) {
+    const int d = order[position];
     if (shape.size(d) == 1) continue;
     bool merges = *dims > 0;
     for (int k = 0; merges && k < count; ++k)

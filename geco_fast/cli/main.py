@@ -12,11 +12,21 @@ from typing import Any
 import click
 
 from geco_fast import BackendUnavailable
+from geco_fast.cli.tools import bench_command, info_command
 from geco_fast.experiments import Interrupted, TrainConfig, TrainError, evaluate, train
 
 
 class _Group(click.Group):
     """Turns what a user can mend into one line and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            click.echo(f"Error: {error.format_message()}", err=True)
+        except click.Abort:
+            click.echo("Aborted.", err=True)
+        raise SystemExit(2)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -36,6 +46,10 @@ class _Group(click.Group):
 )
 def cli() -> None:
     """Train and measure constrained variational autoencoders (GECO)."""
+
+
+cli.add_command(info_command)
+cli.add_command(bench_command)
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[..., Any]:

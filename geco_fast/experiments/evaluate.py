@@ -51,6 +51,9 @@ def evaluate(
     folder = checkpoint.latest(out / "checkpoints")
     if folder is None:
         raise TrainError(f"{out} holds no checkpoint")
+    classifier = out / "classifier.safetensors"
+    if {"fre", "cla"} & set(config.constraint) and not classifier.exists():
+        raise TrainError(f"{classifier} is missing; the run's constraint looks through it")
     with distributed.connect(device) as world:
         tensors, about = checkpoint.load(folder, world.device)
         run = Run(config, out, world)

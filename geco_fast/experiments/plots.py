@@ -29,7 +29,7 @@ def image_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
         PNG file to write.
     rows
         Images ``[N, C, H, W]`` in [0, 1] by name, N the same in each row. Three channels are shown
-        as colours, any other number as grey images side by side.
+        as colours, any other number as grey images one below the other.
     title
     """
     tiles = {name: _row(images) for name, images in rows.items()}
@@ -55,7 +55,7 @@ def _row(images: Tensor) -> np.ndarray:
     if pixels.shape[1] == 3:
         pixels = pixels.transpose(0, 2, 3, 1)
     else:
-        pixels = np.concatenate(list(pixels.swapaxes(0, 1)), axis=-1)
+        pixels = np.concatenate(list(pixels.swapaxes(0, 1)), axis=-2)
     gap = ((0, 0), (1, 1), (1, 1)) + ((0, 0),) * (pixels.ndim - 3)
     return np.concatenate(list(np.pad(pixels, gap, constant_values=1)), axis=1)
 

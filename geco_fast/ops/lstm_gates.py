@@ -18,18 +18,22 @@ from geco_fast._backend import select
 from geco_fast._checks import check_alike, check_floating, check_rank, check_shape
 from geco_fast.ops._operands import autocast_enabled
 
+_RANKS = range(2, 6)
+_forward = torch.ops.geco_fast.lstm_gates.default
+_backward = torch.ops.geco_fast.lstm_gates_backward.default
+
 
 class _LSTMGates(torch.autograd.Function):
     """Saves only its inputs: backward recomputes the activations, which costs less than a load."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _LSTMGates.remember(ctx, inputs, None)
+        _LSTMGates.remember(ctx, inputs)
         with below_autograd():
-            return torch.ops.geco_fast.lstm_gates.default(*inputs)
+            return _forward(*inputs)
 
     @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
         gates, c, ctx.forget_bias = inputs
         ctx.save_for_backward(gates, c)
         ctx.set_materialize_grads(False)
@@ -43,8 +47,7 @@ class _LSTMGates(torch.autograd.Function):
                 (gates, c),
                 grads,
             ), None
-        backward = torch.ops.geco_fast.lstm_gates_backward.default
-        return *backward(gates, c, ctx.forget_bias, *grads), None
+        return *_backward(gates, c, ctx.forget_bias, *grads), None
 
 
 _lstm_gates = differentiable("lstm_gates", _LSTMGates)
@@ -104,14 +107,14 @@ def lstm_gates(
     """
     check_floating("gates", gates)
     check_floating("c", c)
-    check_rank("gates", gates, range(2, 6), "[B, 4C, *S] with 0 to 3 spatial dimensions")
-    if gates.shape[1] % 4:
+    check_rank("gates", gates, _RANKS, "[B, 4C, *S] with 0 to 3 spatial dimensions")
+    batch, width, *spatial = gates.shape
+    if width % 4:
         raise ValueError(
-            f"gates must have a channel count divisible by 4 (i, f, g, o), got {gates.shape[1]}"
+            f"gates must have a channel count divisible by 4 (i, f, g, o), got {width}"
         )
-    shape = (gates.shape[0], gates.shape[1] // 4, *gates.shape[2:])
-    check_shape("c", c, shape, "a quarter of the channels of gates")
-    if autocast_enabled(gates.device.type):
+    check_shape("c", c, (batch, width // 4, *spatial), "a quarter of the channels of gates")
+    if c.dtype != gates.dtype and autocast_enabled(gates.device.type):
         c = c.to(gates.dtype)
     check_alike("c", c, "gates", gates)
     if select("lstm_gates", gates, backend) == "reference":

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.baselines.conv_draw import PlainConvDraw
 from geco_fast import ops, use_backend
+from geco_fast.bench.baselines.conv_draw import PlainConvDraw
 from geco_fast.nn import ConvDraw
 from geco_fast.objectives import VAEOutput
 from geco_fast.testing.budget import Budget
