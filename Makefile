@@ -1,5 +1,5 @@
 # Everything runs in an environment of the project's own; `make test` and `make train` need only
-# Python 3.10 or newer and, for the fast kernels, a C++20 compiler.
+# Python 3.11 or newer and, for the fast kernels, a C++20 compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 
 environment: $(VENV)/.built
 
-# torch is named first, and pinned: the newest one on the index brings gigabytes of CUDA along.
+# torch is named first, so that the build finds it; constraints.txt pins its version.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch setuptools ninja pybind11

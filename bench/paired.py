@@ -74,6 +74,7 @@ def make_sides(case: Case, direction: str, dtype: torch.dtype) -> dict[str, Side
     check_choice("direction", direction, DIRECTIONS)
     made = case.tensors(dtype)
     names = case.gradient_names()
+    torch.manual_seed(0)
     upstream = [torch.randn_like(result) for result in case.define(made)]
 
     def side(function: Callable[[Tensors], tuple[Tensor, ...]]) -> Callable[[], list[Tensor]]:

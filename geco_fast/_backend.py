@@ -48,7 +48,9 @@ def default_backend() -> str:
 class _Choice(threading.local):
     """What "auto" means in this thread; None until something was chosen."""
 
-    backend: str | None = None
+    def __init__(self) -> None:
+        # An attribute of the instance, so that Dynamo guards compiled code on it.
+        self.backend: str | None = None
 
 
 _ENVIRONMENT = os.environ.get("GECO_FAST_BACKEND", "auto")
@@ -95,8 +97,8 @@ def _transform_reason() -> str:
         return "torch.func transforms go through the reference; use backend='auto'"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation goes through the reference; use backend='auto'"
-    if torch.compiler.is_exporting():
-        return "torch.export needs PyTorch's own operators; use backend='auto'"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "an exported program needs PyTorch's own operators; use backend='auto'"
     return ""
 
 
@@ -159,6 +161,8 @@ def select(operator: str, tensor: Tensor, backend: str) -> str:
     # Dynamo traces through the function and keeps its answer; it would warn of the cache.
     resolve = _resolve if torch.compiler.is_compiling() else _resolve_once
     device = "cpu" if tensor.is_cpu else tensor.device.type
+    if not isinstance(backend, str):
+        check_choice("backend", backend, BACKENDS)
     chosen = resolve(operator, backend, device, tensor.dtype)
     if chosen == "reference":
         return chosen

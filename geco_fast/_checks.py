@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ def check_tensor(name: str, value: object) -> None:
 def check_floating(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
     """Raise `TypeError` unless ``value`` is a tensor of one of the dtypes."""
     check_tensor(name, value)
+    if value.layout != torch.strided:  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")  # type: ignore[attr-defined]
     if value.dtype not in dtypes:  # type: ignore[attr-defined]
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
@@ -62,9 +65,14 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise `TypeError` unless ``value`` is a real number; tensors are none."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
     """Raise `ValueError` unless ``value`` is a number above zero (or zero, where allowed)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    check_number(name, value)
     if not (value >= 0 if zero else value > 0):
         raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}, got {value!r}")

@@ -33,7 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if mallopt is not None:
         m_perturb = -6
         mallopt(m_perturb, 0x80)
-    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture

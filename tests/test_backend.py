@@ -117,6 +117,34 @@ def test_environment_variable(value: str, shown: str) -> None:
 
 
 @needs_library
+def test_compiled_code_follows_use_backend() -> None:
+    """In a process of its own: no block has run in the thread before."""
+    code = """
+import torch, geco_fast as gf
+compiled = torch.compile(gf.ops.lstm_gates, fullgraph=True, backend="aot_eager")
+gates, c = torch.randn(2, 12, 3), torch.randn(2, 3, 3)
+compiled(gates, c)
+try:
+    with gf.use_backend("triton"):
+        compiled(gates, c)
+except Exception as error:
+    print("refused", "BackendUnavailable" in repr(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "refused True\n", done.stderr
+
+
+@needs_library
+def test_tracing_uses_pytorchs_operators(operands: tuple[Tensor, Tensor]) -> None:
+    gates, c = operands
+    traced = torch.jit.trace(lambda g, c: gf.ops.lstm_gates(g, c), (gates, c), check_trace=False)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::tanh" in kinds
+    assert all(kind.startswith(("aten::", "prim::")) for kind in kinds), kinds
+    assert "prim::PythonOp" not in kinds
+
+
+@needs_library
 def test_instruction_set_can_be_forced_down() -> None:
     best = LIBRARY.instruction_set()
     assert LIBRARY.instruction_sets()[-1] == best

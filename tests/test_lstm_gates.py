@@ -49,8 +49,8 @@ def test_forget_bias_is_added_to_the_forget_gate() -> None:
 @pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_activations_over_their_whole_range(level: str, dtype: torch.dtype) -> None:
-    """Through the operator, sigmoid and tanh alone: both within three units in the last place."""
-    x = torch.cat([torch.linspace(-60, 60, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
+    """Through the operator, sigmoid and tanh alone, down to the least normal number."""
+    x = torch.cat([torch.linspace(-86, 86, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
     n = x.numel()
     zero, open_gate = torch.zeros(n, dtype=dtype), torch.full((n,), 60.0, dtype=dtype)
 
@@ -92,6 +92,27 @@ def test_non_finite_values_stay_where_they_are(level: str, dtype: torch.dtype) -
     ):
         assert not exact.isfinite().all()
         assert_within_budget(got, s, exact)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shut_gate_lets_nothing_through(level: str, dtype: torch.dtype) -> None:
+    shut, huge = -math.inf, 1e30
+    before = LIBRARY.instruction_set()
+    LIBRARY.set_instruction_set(level)
+
+    def run(i: float, f: float, g: float, o: float, c: float) -> tuple[float, float]:
+        gates = torch.tensor([[i, f, g, o]], dtype=dtype)
+        h, c_next = gf.ops.lstm_gates(gates, torch.tensor([[c]], dtype=dtype), backend="cpu")
+        return h.item(), c_next.item()
+
+    assert run(0, shut, 0, 0, huge) == (0, 0)
+    assert run(0, -200, 0, 0, 1) == (0, 0) or dtype == torch.float64
+    assert run(shut, shut, 5, 0, huge) == (0, 0)
+    assert run(0, 0, 5, shut, 1)[0] == 0
+    assert all(math.isnan(value) for value in run(0, shut, 0, 0, math.inf))
+    LIBRARY.set_instruction_set(before)
 
 
 LAYOUTS = ["contiguous", "channels_last", "reversed", "sliced", "strided", "expanded"]
@@ -220,6 +241,17 @@ GATES, C = torch.zeros(2, 12, 5), torch.zeros(2, 3, 5)
 def test_bad_input(gates: object, c: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gf.ops.lstm_gates(gates, c)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [torch.tensor(1.0), "1", None, True])
+def test_forget_bias_is_a_number(bias: object) -> None:
+    with pytest.raises(TypeError, match="forget_bias must be a number, got"):
+        gf.ops.lstm_gates(GATES, C, forget_bias=bias)  # type: ignore[arg-type]
+
+
+def test_sparse_input_is_refused() -> None:
+    with pytest.raises(TypeError, match="gates must be a dense tensor, got layout"):
+        gf.ops.lstm_gates(GATES.to_sparse(), C)
 
 
 @needs_library

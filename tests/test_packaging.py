@@ -150,6 +150,20 @@ def test_wheel_holds_everything(wheel: Path) -> None:
 
 @needs_library
 @pytest.mark.slow
+def test_source_distribution_builds(source: Path, tmp_path: Path) -> None:
+    sdist = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path / "sdist")
+    run(*sdist, cwd=source)
+    (archive,) = (tmp_path / "sdist").glob("geco_fast-*.tar.gz")
+    run("tar", "xf", archive, cwd=tmp_path)
+    (unpacked,) = (path for path in tmp_path.glob("geco_fast-*") if path.is_dir())
+    wheel, _ = make_wheel(unpacked, tmp_path / "out", "--no-build-isolation")
+    assert "none-any" not in wheel.name
+    for wanted in ("Makefile", "constraints.txt", "docs/architecture.md", "tests/conftest.py"):
+        assert (unpacked / wanted).exists()
+
+
+@needs_library
+@pytest.mark.slow
 def test_isolated_build(source: Path, tmp_path: Path) -> None:
     constraint = f"torch=={torch.__version__.partition('+')[0]}\n"
     (tmp_path / "constraints.txt").write_text(constraint)

@@ -4,8 +4,8 @@
 // would cost a third more traffic and writing them would double the forward's output.
 #pragma once
 
+#include "cpu/simd.h"
 #include "include/lstm_gates.h"
-#include "simd.h"
 
 namespace geco::cpu {
 namespace {
@@ -14,21 +14,25 @@ namespace {
 // two functions. Either factor comes back by one multiplication.
 template <class T>
 struct Gates {
-  Vec<T> s_o, i, f, i_times_g, f_times_c, g_derivative, c_next;
+  Vec<T> o_gate, e_o, i, f, e_i, e_f, i_times_g, f_times_c, g_derivative, c_next;
 };
 
 template <class T>
 inline Gates<T> lstm_gates_head(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c) {
+  constexpr T kPaired = kPairedSigmoidBound<T>;
   Gates<T> r;
-  const Vec<T> s_i = sigmoid_denominator<T>(i);
-  const Vec<T> s_f = sigmoid_denominator<T>(f);
+  r.e_i = sigmoid_exp<T>(i, kPaired);
+  r.e_f = sigmoid_exp<T>(f, kSigmoidBound<T>);
   const TanhParts<T> t_g = tanh_parts<T>(g);
-  r.s_o = sigmoid_denominator<T>(o);
+  r.e_o = sigmoid_exp<T>(o, kPaired);
+  r.o_gate = o;
+  const Vec<T> s_i = T(1) + r.e_i;
   const Vec<T> inverse = reciprocal(s_i * t_g.denominator);
-  r.i_times_g = inverse * t_g.numerator;
-  r.i = inverse * t_g.denominator;
+  const Vec<T> open_inverse = zero_below(i, -kPaired, inverse);
+  r.i_times_g = open_inverse * t_g.numerator;
+  r.i = open_inverse * t_g.denominator;
   r.g_derivative = t_g.derivative(inverse * s_i);
-  r.f = reciprocal(s_f);
+  r.f = zero_below(f, -kSigmoidBound<T>, reciprocal(T(1) + r.e_f));
   r.f_times_c = r.f * c;
   r.c_next = r.f * c + r.i_times_g;
   return r;
@@ -49,7 +53,9 @@ void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget
       [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
         const TanhParts<T> t = tanh_parts<T>(r.c_next);
         store(p[F::kCNext] + j, r.c_next, n...);
-        store(p[F::kH] + j, reciprocal(r.s_o * t.denominator) * t.numerator, n...);
+        const Vec<T> inverse = reciprocal((T(1) + r.e_o) * t.denominator);
+        store(p[F::kH] + j, zero_below(r.o_gate, -kPairedSigmoidBound<T>, inverse) * t.numerator,
+              n...);
       });
 }
 
@@ -70,15 +76,15 @@ void lstm_gates_backward_run(Storage* const* p, std::int64_t count, double forge
         const Vec<T> d_h = load(grad_h + j, n...);
         const Vec<T> d_out = load(grad_c_next + j, n...);
         const TanhParts<T> t = tanh_parts<T>(r.c_next);
-        const Vec<T> inverse = reciprocal(r.s_o * t.denominator);
-        const Vec<T> h = inverse * t.numerator;
-        const Vec<T> o = inverse * t.denominator;
-        // d sigmoid(x) = s - s^2, times the factor it stands with.
-        const Vec<T> d_c_next = d_h * o * t.derivative(inverse * r.s_o) + d_out;
-        store(p[B::kGradI] + j, d_c_next * (r.i_times_g - r.i_times_g * r.i), n...);
-        store(p[B::kGradF] + j, d_c_next * (r.f_times_c - r.f_times_c * r.f), n...);
+        const Vec<T> inverse = reciprocal((T(1) + r.e_o) * t.denominator);
+        const Vec<T> open_inverse = zero_below(r.o_gate, -kPairedSigmoidBound<T>, inverse);
+        const Vec<T> h = open_inverse * t.numerator;
+        const Vec<T> o = open_inverse * t.denominator;
+        const Vec<T> d_c_next = d_h * o * t.derivative(inverse * (T(1) + r.e_o)) + d_out;
+        store(p[B::kGradI] + j, d_c_next * r.i_times_g * (r.e_i * r.i), n...);
+        store(p[B::kGradF] + j, d_c_next * r.f_times_c * (r.e_f * r.f), n...);
         store(p[B::kGradG] + j, d_c_next * r.i * r.g_derivative, n...);
-        store(p[B::kGradO] + j, d_h * (h - h * o), n...);
+        store(p[B::kGradO] + j, d_h * h * (r.e_o * o), n...);
         store(p[B::kGradC] + j, d_c_next * r.f, n...);
       });
 }

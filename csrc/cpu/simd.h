@@ -241,24 +241,33 @@ inline void exp_parts(Vec<T> x, Vec<T>* em1, Vec<T>* scale) {
   *scale = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
 }
 
-// The bounds keep the product of both functions' denominators below the exponent's range, so that
-// one reciprocal can serve a pair of gates. Past them tanh is 1 in the arithmetic's precision and
-// sigmoid is below 1e-28.
+// sigmoid(x) = 1 / (1 + e) with e = exp(-x), and its derivative is e sigmoid(x)^2, without the
+// cancellation of 1 - sigmoid(x). x is held where 1 + e, and for the paired form 1 + e times tanh's
+// denominator, has a reciprocal that is a normal number. Where x is lower than that the caller
+// takes zero for sigmoid, which is below 2e-38, and in the paired form 3e-29.
 template <class T>
-constexpr T kSigmoidBound = sizeof(T) == 4 ? T(66) : T(660);
+constexpr T kSigmoidBound = sizeof(T) == 4 ? T(87) : T(708);
+template <class T>
+constexpr T kPairedSigmoidBound = sizeof(T) == 4 ? T(66) : T(660);
 template <class T>
 constexpr T kTanhBound = sizeof(T) == 4 ? T(10) : T(20);
 
-// sigmoid(x) = 1 / d: returns d = 1 + exp(-x).
 template <class T>
-inline Vec<T> sigmoid_denominator(Vec<T> x) {
+inline Vec<T> sigmoid_exp(Vec<T> x, T bound) {
   Vec<T> em1, scale;
-  exp_parts<T, -1>(clamp(x, -kSigmoidBound<T>, kSigmoidBound<T>), &em1, &scale);
-  return em1 * scale + (scale + T(1));
+  exp_parts<T, -1>(clamp(x, -bound, kSigmoidBound<T>), &em1, &scale);
+  return em1 * scale + scale;
+}
+
+// `value` where x is not below `low` (or is NaN), else zero.
+template <class T>
+inline Vec<T> zero_below(Vec<T> x, T low, Vec<T> value) {
+  return x < low ? Vec<T>{} : value;
 }
 
 // tanh(x) = numerator / denominator, with e = exp(2x): (e - 1) / (e + 1). The numerator is exact to
-// its last places near zero. The derivative, 4e / (e + 1)^2, has no cancellation in this form.
+// its last places near zero. The derivative, 4e / (e + 1)^2, has no cancellation in this form; past
+// the bound, where tanh is 1 in the arithmetic's precision, it is zero.
 template <class T>
 struct TanhParts {
   Vec<T> exp, numerator, denominator;
@@ -270,9 +279,11 @@ struct TanhParts {
 template <class T>
 inline TanhParts<T> tanh_parts(Vec<T> x) {
   Vec<T> em1, scale;
-  exp_parts<T, 2>(clamp(x, -kTanhBound<T>, kTanhBound<T>), &em1, &scale);
+  const Vec<T> held = clamp(x, -kTanhBound<T>, kTanhBound<T>);
+  exp_parts<T, 2>(held, &em1, &scale);
   const Vec<T> numerator = em1 * scale + (scale - T(1));
-  return {em1 * scale + scale, numerator, numerator + T(2)};
+  const Vec<T> exp = em1 * scale + scale;
+  return {held == x ? exp : Vec<T>{}, numerator, numerator + T(2)};
 }
 
 // An input that may be absent, which stands for zeros; reading it takes no branch either way.

@@ -68,7 +68,13 @@ def bench_command(
     for case in chosen:
         for count in threads:
             click.echo(f"measuring {case}, threads: {count}", err=True)
-            rows += compare(case, rivals=rivals, threads=count, pairs=pairs)
+            try:
+                rows += compare(case, rivals=rivals, threads=count, pairs=pairs)
+            except AssertionError as error:
+                raise click.ClickException(f"no time for a wrong result: {error}") from error
     click.echo(markdown(rows))
     if json_path is not None:
-        write_json(json_path, rows)
+        try:
+            write_json(json_path, rows)
+        except OSError as error:
+            raise click.FileError(str(json_path), error.strerror) from error

@@ -22,7 +22,7 @@ strict as 0.1 is for re.
 
 BY_MODEL: dict[str, dict[str, Any]] = {
     "convdraw": {"steps": 600, "learning_rate": 2e-3},
-    "nvp": {"steps": 1000, "learning_rate": 1e-3},
+    "nvp": {"steps": 3000, "learning_rate": 1e-3},
 }
 """The models by name, each with the defaults that suit it."""
 
@@ -88,7 +88,7 @@ class TrainConfig:
         auto="2 below 28 pixels, else 4",
         least=1,
     )
-    latent_features: int = _option(32, "VAE+NVP: latent size", least=2)
+    latent_features: int = _option(64, "VAE+NVP: latent size", least=2)
     couplings: int = _option(4, "VAE+NVP: coupling layers of the posterior", least=1)
     hidden_features: int = _option(256, "VAE+NVP: width of a coupling's two hidden layers", least=1)
     alpha: float = _option(

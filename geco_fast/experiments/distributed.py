@@ -81,7 +81,10 @@ def connect(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise TrainError(f"WORLD_SIZE is {size}, but {error}; start by torchrun") from error
     try:
         yield World(dist.get_rank(), size, chosen, dist.group.WORLD)
     finally:

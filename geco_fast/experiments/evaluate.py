@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geco_fast.data import DataError
 from geco_fast.experiments import checkpoint, distributed, plots
 from geco_fast.experiments.config import TrainConfig, TrainError
 from geco_fast.experiments.metrics import read_metrics
@@ -58,7 +59,10 @@ def evaluate(
         tensors, about = checkpoint.load(folder, world.device)
         run = Run(config, out, world)
         run.load_state(tensors)
-        return {"step": about["step"]} | held_out(run)
+        try:
+            return {"step": about["step"]} | held_out(run)
+        except DataError as error:
+            raise TrainError(str(error)) from error
 
 
 @contextlib.contextmanager

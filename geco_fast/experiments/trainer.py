@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from geco_fast.data import DataError
 from geco_fast.experiments import checkpoint, distributed
 from geco_fast.experiments.config import TrainConfig, TrainError
 from geco_fast.experiments.distributed import World
@@ -65,12 +66,22 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> dict
             return _train(config, out, resume, world)
     except OSError as error:
         raise TrainError(f"{error.filename or out}: {error.strerror or error}") from error
+    except DataError as error:
+        raise TrainError(str(error)) from error
+    except KeyboardInterrupt:
+        # Before the first step or after the last one; between them the loop sees to it.
+        kept = checkpoint.latest(out / "checkpoints")
+        saved = f"to go on: geco-fast train --resume --out {out}" if kept else "nothing to save yet"
+        raise Interrupted(signal.SIGINT, f"stopped; {saved}") from None
 
 
 def _train(config: TrainConfig, out: Path, resume: bool, world: World) -> dict[str, Any]:
-    _claim_folder(config, out, resume, world)
+    _check_folder(config, out, resume, world)
     run = Run(config, out, world, say=print if world.leads else lambda _: None)
     start = _load_checkpoint(run, out) if resume else 0
+    if world.leads:
+        # Only now: a refused resumption must leave the run as it was.
+        checkpoint.write_atomically(out / "config.json", config.to_json().encode())
     model = world.wrap(run.model)
     model.train()
     with _Record(run, out, start) as record, _caught_signals() as signals:
@@ -149,20 +160,17 @@ class _Record:
         self._run.world.wait()
 
 
-def _claim_folder(config: TrainConfig, out: Path, resume: bool, world: World) -> None:
+def _check_folder(config: TrainConfig, out: Path, resume: bool, world: World) -> None:
     if config.batch_size % world.size:
         raise TrainError(f"batch_size {config.batch_size} must divide among {world.size} processes")
-    path = out / "config.json"
     if resume:
-        config.check_resumes(TrainConfig.from_file(path))
+        config.check_resumes(TrainConfig.from_file(out / "config.json"))
     elif checkpoint.latest(out / "checkpoints"):
         raise TrainError(f"{out} holds a run already; choose another --out, or go on by --resume")
     world.wait()
-    if world.leads:
+    if world.leads and not resume:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(path, config.to_json().encode())
-        if not resume:
-            (out / "classifier.safetensors").unlink(missing_ok=True)
+        (out / "classifier.safetensors").unlink(missing_ok=True)
     world.wait()
 
 

@@ -15,7 +15,13 @@ from geco_fast._autograd import (
     wants_graph,
 )
 from geco_fast._backend import select
-from geco_fast._checks import check_alike, check_floating, check_rank, check_shape
+from geco_fast._checks import (
+    check_alike,
+    check_floating,
+    check_number,
+    check_rank,
+    check_shape,
+)
 from geco_fast.ops._operands import autocast_enabled
 
 _RANKS = range(2, 6)
@@ -88,7 +94,7 @@ def lstm_gates(
     ValueError
         If a rank, a shape or a device is wrong.
     TypeError
-        If a dtype is not supported or the dtypes differ.
+        If a dtype is not supported, the dtypes differ, or `forget_bias` is not a number.
     BackendUnavailable
         If an explicitly chosen backend can't serve the call.
 
@@ -117,6 +123,8 @@ def lstm_gates(
     if c.dtype != gates.dtype and autocast_enabled(gates.device.type):
         c = c.to(gates.dtype)
     check_alike("c", c, "gates", gates)
+    if type(forget_bias) is not float:
+        check_number("forget_bias", forget_bias)
     if select("lstm_gates", gates, backend) == "reference":
         return reference.lstm_gates(gates, c, forget_bias=forget_bias)
     h, c_next = _lstm_gates(gates, c, forget_bias)

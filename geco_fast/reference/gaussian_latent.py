@@ -17,6 +17,6 @@ def gaussian_latent(
     z = q_mean + torch.exp(q_log_std) * noise
     log_ratio = q_log_std - p_log_std
     distance = (q_mean - p_mean) * torch.exp(-p_log_std)
-    # expm1: near the prior exp(2r) - 1 - 2r would cancel.
+    # expm1: near the prior exp(2r) - 1 - 2r would lose all but eps, this loses all but eps |r|.
     kl = 0.5 * (torch.expm1(2 * log_ratio) + distance * distance) - log_ratio
     return z.to(dtype), sum_all_but_batch(kl)

@@ -56,6 +56,8 @@ class Budget:
         """Take in one draw: the result under test, the reference's and the exact one."""
         epsilon = torch.finfo(actual.dtype).eps
         own = error(same, exact) * epsilon / torch.finfo(same.dtype).eps
+        if own == float("inf"):
+            raise AssertionError(f"{self.name}: the reference leaves the range of {same.dtype}")
         finite = exact[exact.isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
         self.got = max(self.got, error(actual, exact))

@@ -127,6 +127,23 @@ def _lstm_gates(batch: int, channels: int, *spatial: int) -> dict[str, tuple[int
     return {"gates": (batch, 4 * channels, *spatial), "c": (batch, channels, *spatial)}
 
 
+def _extreme_gates(tensors: Tensors) -> Tensors:
+    """Shut, open and saturated gates, in all combinations, on small and large states."""
+    gates, c = tensors["gates"], tensors["c"]
+    levels = torch.tensor([-float("inf"), -100.0, -70.0, -40.0, 0.0, 20.0, 100.0, float("inf")])
+    states = torch.tensor([0.0, 1e-3, 1.0, -30.0, 6e4])
+    for block in range(4):
+        n = gates.shape[0]
+        gates[:, block] = levels[torch.arange(n) // 8**block % 8].double()[:, None]
+    c[:] = states.double()
+    return {"gates": gates, "c": c}
+
+
+def _saturated(tensors: Tensors) -> Tensors:
+    """Every gate at 12: the derivatives are small differences from one."""
+    return {"gates": torch.full_like(tensors["gates"], 12.0), "c": tensors["c"]}
+
+
 LSTM_GATES = [
     Case("lstm_gates", "vector", _lstm_gates(3, 5), tags=SMALL),
     Case("lstm_gates", "sequence", _lstm_gates(2, 3, 7), {"forget_bias": 1.0}, tags=SMALL),
@@ -138,6 +155,13 @@ LSTM_GATES = [
     Case("lstm_gates", "no-pixels", _lstm_gates(2, 3, 0, 4)),
     Case("lstm_gates", "tail", _lstm_gates(1, 1, 67)),
     Case("lstm_gates", "several-threads", _lstm_gates(8, 16, 13, 11)),
+    Case(
+        "lstm_gates",
+        "extreme-values",
+        {"gates": (8**4, 4, 5), "c": (8**4, 1, 5)},
+        prepare=_extreme_gates,
+    ),
+    Case("lstm_gates", "saturated", _lstm_gates(4, 8, 6, 6), prepare=_saturated),
     Case("lstm_gates", "large-values", _lstm_gates(4, 8, 6, 6), scale=40.0),
     Case("lstm_gates", "tiny-values", _lstm_gates(4, 8, 6, 6), scale=1e-3),
     *(

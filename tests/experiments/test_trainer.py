@@ -180,6 +180,29 @@ def test_a_finished_run_can_be_resumed_and_extended(tmp_path, tiny):
         train(tiny, tmp_path, resume=True)
 
 
+def test_a_refused_resumption_leaves_the_run_as_it_was(tmp_path, tiny):
+    train(tiny, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(TrainError, match="steps must be >="):
+        train(dataclasses.replace(tiny, steps=1), tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("trained", "message"), [(False, "nothing to save"), (True, "--resume")])
+def test_an_interruption_outside_the_loop_says_how_to_go_on(
+    tmp_path, tiny, monkeypatch, trained, message
+):
+    if trained:
+        train(tiny, tmp_path)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "Run", interrupt)
+    with pytest.raises(trainer.Interrupted, match=message):
+        train(tiny, tmp_path, resume=trained)
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, tiny):
     train(tiny, tmp_path)
     with pytest.raises(TrainError, match="holds a run already"):
@@ -205,7 +228,7 @@ def test_what_does_not_fit_is_named(tmp_path, tiny, changes, message):
 
 def test_a_batch_divides_among_the_processes(tmp_path, tiny):
     with pytest.raises(TrainError, match="batch_size 8 must divide among 3 processes"):
-        trainer._claim_folder(tiny, tmp_path, False, World(0, 3, CPU, None))
+        trainer._check_folder(tiny, tmp_path, False, World(0, 3, CPU, None))
 
 
 def _nan_constraint(monkeypatch):
