@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from geco_fast._backend import LIBRARY
 from geco_fast._info import info
 from geco_fast.bench.paired import RIVALS, Row, bench_cases, compare
 from geco_fast.bench.report import markdown, write_json
@@ -50,6 +51,11 @@ def info_command() -> None:
     help="Interleaved measurements of each side.",
 )
 @click.option(
+    "--instruction-set",
+    type=click.Choice(LIBRARY.instruction_sets() if LIBRARY else []),
+    help="Instruction set of our CPU kernels; the rivals keep theirs.  [default: the best]",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -60,9 +66,12 @@ def bench_command(
     rivals: tuple[str, ...],
     threads: tuple[int, ...],
     pairs: int,
+    instruction_set: str | None,
     json_path: Path | None,
 ) -> None:
     """Time the operators, forward and forward+backward, in turn with their rivals."""
+    if LIBRARY is not None and instruction_set is not None:
+        LIBRARY.set_instruction_set(instruction_set)
     rows: list[Row] = []
     chosen = [case for case in bench_cases() if not operators or case.operator in operators]
     for case in chosen:
