@@ -307,43 +307,54 @@ inline void for_each_run(const Operands& operands, std::int64_t begin, std::int6
   constexpr std::int64_t kRun = 256;
   const int inner = operands.dims - 1;
   Storage buffer[kOperands][kRun];
-  std::int64_t position = begin;
-  while (position < end) {
-    std::int64_t offset[kOperands] = {};
-    std::int64_t rest = position;
-    std::int64_t column = 0;
-    for (int d = inner; d >= 0; --d) {
-      const std::int64_t index = rest % operands.size[d];
-      rest /= operands.size[d];
-      if (d == inner) column = index;
-      for (int k = 0; k < kOperands; ++k) offset[k] += index * operands.stride[k][d];
-    }
-    std::int64_t count = operands.size[inner] - column;
+
+  std::int64_t index[kMaxDims];
+  std::int64_t offset[kOperands] = {};
+  for (std::int64_t d = inner, rest = begin; d >= 0; --d) {
+    index[d] = rest % operands.size[d];
+    rest /= operands.size[d];
+    for (int k = 0; k < kOperands; ++k)
+      if (operands.data[k] != nullptr) offset[k] += index[d] * operands.stride[k][d];
+  }
+  bool gathered[kOperands];
+  std::int64_t longest = operands.size[inner];
+  for (int k = 0; k < kOperands; ++k) {
+    gathered[k] = operands.data[k] != nullptr && operands.stride[k][inner] != 1;
+    if (gathered[k] && longest > kRun) longest = kRun;
+  }
+
+  Storage* pointers[kOperands];
+  for (std::int64_t position = begin; position < end;) {
+    std::int64_t count = operands.size[inner] - index[inner];
+    if (count > longest) count = longest;
     if (count > end - position) count = end - position;
 
-    bool packed = false;
-    for (int k = 0; k < kOperands; ++k)
-      packed |= operands.data[k] != nullptr && operands.stride[k][inner] != 1;
-    if (packed && count > kRun) count = kRun;
-
-    Storage* pointers[kOperands];
     for (int k = 0; k < kOperands; ++k) {
-      const std::int64_t stride = operands.stride[k][inner];
       Storage* from = static_cast<Storage*>(operands.data[k]);
-      if (from != nullptr) from += offset[k];
-      const bool direct = from == nullptr || stride == 1;
-      pointers[k] = direct ? from : buffer[k];
-      if (!direct && k < Operands::kInputs)
-        for (std::int64_t j = 0; j < count; ++j) buffer[k][j] = from[j * stride];
+      pointers[k] = gathered[k] ? buffer[k] : from == nullptr ? from : from + offset[k];
+      if (!gathered[k] || k >= Operands::kInputs) continue;
+      const std::int64_t stride = operands.stride[k][inner];
+      for (std::int64_t j = 0; j < count; ++j) buffer[k][j] = from[offset[k] + j * stride];
     }
     body(pointers, count);
     for (int k = Operands::kInputs; k < kOperands; ++k) {
-      if (pointers[k] != buffer[k]) continue;
+      if (!gathered[k]) continue;
       const std::int64_t stride = operands.stride[k][inner];
       Storage* to = static_cast<Storage*>(operands.data[k]) + offset[k];
       for (std::int64_t j = 0; j < count; ++j) to[j * stride] = buffer[k][j];
     }
+
     position += count;
+    index[inner] += count;
+    for (int k = 0; k < kOperands; ++k)
+      if (operands.data[k] != nullptr) offset[k] += count * operands.stride[k][inner];
+    for (int d = inner; d > 0 && index[d] == operands.size[d]; --d) {
+      index[d] = 0;
+      ++index[d - 1];
+      for (int k = 0; k < kOperands; ++k)
+        if (operands.data[k] != nullptr)
+          offset[k] += operands.stride[k][d - 1] - operands.size[d] * operands.stride[k][d];
+    }
   }
 }
 
