@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ import torch
 import geco_fast as gf
 from geco_fast._backend import BACKENDS
 from geco_fast._registry import KERNELS
+from geco_fast.bench.paired import Row
+from geco_fast.bench.report import markdown
 from geco_fast.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,3 +166,28 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+RESULTS = re.compile(r"<!-- results: (\S+) -->\n\n((?:\|.*\n)*)")
+
+
+def test_tables_of_results_are_those_measured() -> None:
+    page = (ROOT / "docs" / "ops" / "lstm_gates.md").read_text()
+    found = RESULTS.findall(page)
+    assert len(found) == page.count("<!-- results:") > 0
+    for name, table in found:
+        content = json.loads((ROOT / "bench" / "results" / name).read_text())
+        assert table == markdown([Row(**row) for row in content["rows"]]) + "\n", name
+
+
+def test_readme_quotes_the_results() -> None:
+    content = json.loads(
+        (ROOT / "bench" / "results" / "lstm_gates-sapphire-rapids-avx512.json").read_text()
+    )
+    ratios = {
+        row["rival"]: f"{row['ratio']:.1f}"
+        for row in content["rows"]
+        if row["case"] == "lstm_gates-step-128x8x8" and row["direction"] == "forward+backward"
+    }
+    quoted = f"{ratios['compile']} times as fast as\n`torch.compile` and {ratios['eager']} times"
+    assert quoted in (ROOT / "README.md").read_text()
