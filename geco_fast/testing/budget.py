@@ -21,14 +21,15 @@ def draws(elements: int) -> int:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Largest distance of `actual` from `exact` (float64) where `exact` is finite; NaN is infinite.
+    """Largest distance of `actual` from `exact` (float64); NaN is infinitely far.
 
-    Where `exact` is not finite `actual` must not be, either: otherwise the error is infinite.
+    Where `exact` is not finite, or beyond the range of `actual`'s dtype, `actual` must not be
+    finite, either: otherwise the error is infinite.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"shape {list(actual.shape)} instead of {list(exact.shape)}")
+    finite = exact.to(actual.dtype).isfinite()
     actual = actual.detach().to(torch.float64)
-    finite = exact.isfinite()
     if not torch.equal(actual.isfinite(), finite):
         return float("inf")
     distance = (actual - exact)[finite].abs()
@@ -58,7 +59,7 @@ class Budget:
         own = error(same, exact) * epsilon / torch.finfo(same.dtype).eps
         if own == float("inf"):
             raise AssertionError(f"{self.name}: the reference leaves the range of {same.dtype}")
-        finite = exact[exact.isfinite()].abs()
+        finite = exact[exact.to(actual.dtype).isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
         self.got = max(self.got, error(actual, exact))
         self.allowed_own = max(self.allowed_own, (3 if self.gradient else 2) * own)
