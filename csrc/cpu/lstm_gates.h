@@ -1,7 +1,7 @@
 // LSTM gates on the CPU. One vector of the index space at a time: five loads (a sixth and a
 // seventh in backward), all maths in registers, two stores (five in backward), so a step moves
-// each operand once. Backward recomputes the five activations from the saved inputs: loading them
-// would cost a third more traffic and writing them would double the forward's output.
+// each operand once. Backward recomputes the activations from the saved inputs: to keep the
+// four gates', forward would have to write three times as much.
 #pragma once
 
 #include "cpu/simd.h"
