@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from geco_fast._registry import LIBRARY
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+# Without it a call of an operator takes the longer way through its autograd formula.
+below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def differentiable(
@@ -19,7 +21,8 @@ def differentiable(
     """Return what calls an operator with gradients.
 
     Eagerly that is the `torch.autograd.Function` itself, at half the cost per call of an autograd
-    formula registered with the operator. Dynamo gets the operator with such a formula, made of the
+    formula registered with the operator, and where no input requires grad the operator alone, at
+    half the cost of the Function. Dynamo gets the operator with such a formula, made of the
     Function's `remember` and `backward`: it can't trace a Function whose inputs have symbolic
     shapes and come from another one.
     """
@@ -30,14 +33,33 @@ def differentiable(
         lib=LIBRARY,
     )
     overload = getattr(torch.ops.geco_fast, operator).default
-    # `Function.apply` prepares for torch.func's transforms, under which no kernel is ever chosen;
-    # the method below it goes straight to the graph, in half the time.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    apply = direct_apply(function)
+    kinds = [str(argument.type) for argument in overload._schema.arguments]
+    positions = [k for k, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+    takes_lists = any(kind.startswith("List[") and "Tensor" in kind for kind in kinds)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        return overload(*arguments) if torch.compiler.is_compiling() else apply(*arguments)
+        if torch.compiler.is_compiling():
+            return overload(*arguments)
+        if torch.is_grad_enabled():
+            if takes_lists:
+                return apply(*arguments)
+            for position in positions:
+                tensor = arguments[position]
+                if tensor is not None and tensor.requires_grad:
+                    return apply(*arguments)
+        with below_autograd():
+            return overload(*arguments)
 
     return call
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return a Function's `apply` without what prepares for torch.func's transforms.
+
+    That is half the time of a call; under transforms no kernel is ever chosen.
+    """
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 def wants_graph() -> bool:

@@ -91,11 +91,32 @@ def unavailable_reason(backend: str) -> str:
     return ""
 
 
+def _always() -> bool:
+    return True
+
+
+# torch has no public way to ask for transforms. Should these names go, the reference serves every
+# call: slower, and right.
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", _always)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
+
+def _transformed() -> bool:
+    """Whether `_transform_reason` has one, in less time."""
+    return (
+        _functorch_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or torch.compiler.is_exporting()
+        # The ONNX exporters run a model under torch.jit.trace or torch.export.
+        or _is_tracing()
+    )
+
+
 def _transform_reason() -> str:
     """Why only the reference can serve the call at present; empty if a kernel can, too."""
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_active():
         return "torch.func transforms go through the reference; use backend='auto'"
-    if forward_ad._current_level >= 0:
+    if getattr(forward_ad, "_current_level", 0) >= 0:
         return "forward-mode differentiation goes through the reference; use backend='auto'"
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "an exported program needs PyTorch's own operators; use backend='auto'"
@@ -158,15 +179,17 @@ def select(operator: str, tensor: Tensor, backend: str) -> str:
     """
     if backend == "auto":
         backend = _choice.backend or default_backend()
-    # Dynamo traces through the function and keeps its answer; it would warn of the cache.
-    resolve = _resolve if torch.compiler.is_compiling() else _resolve_once
-    device = "cpu" if tensor.is_cpu else tensor.device.type
-    if not isinstance(backend, str):
+    elif not isinstance(backend, str):
         check_choice("backend", backend, BACKENDS)
-    chosen = resolve(operator, backend, device, tensor.dtype)
-    if chosen == "reference":
-        return chosen
-    reason = _transform_reason()
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    if not torch.compiler.is_compiling():
+        chosen = _resolve_once(operator, backend, device, tensor.dtype)
+        if chosen == "reference" or not _transformed():
+            return chosen
+    else:
+        # Dynamo traces through the function and keeps its answer; it would warn of the cache.
+        chosen = _resolve(operator, backend, device, tensor.dtype)
+    reason = "" if chosen == "reference" else _transform_reason()
     if not reason:
         return chosen
     if backend == "auto":

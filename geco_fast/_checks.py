@@ -18,6 +18,27 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def alike(first: object, *others: object) -> bool:
+    """Whether all are dense floating tensors of one dtype and device.
+
+    The good case, told in a fraction of the time that it takes to name what is wrong.
+    """
+    if not isinstance(first, Tensor) or first.layout is not torch.strided:
+        return False
+    dtype, on_cpu = first.dtype, first.is_cpu
+    if dtype not in FLOATING:
+        return False
+    for other in others:
+        if (
+            not isinstance(other, Tensor)
+            or other.dtype is not dtype
+            or other.layout is not torch.strided
+            or not (other.is_cpu if on_cpu else other.device == first.device)
+        ):
+            return False
+    return True
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise `TypeError` unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +157,80 @@ def test_instruction_set_can_be_forced_down() -> None:
         assert LIBRARY.instruction_set() == "baseline"
     finally:
         LIBRARY.set_instruction_set(best)
+
+
+def test_onnx_export_uses_pytorchs_operators(
+    operands: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its tracer is torch.jit.trace; with ``dynamo=True`` it is torch.export."""
+    module = sys.modules["geco_fast.ops.lstm_gates"]
+    chosen: list[str] = []
+
+    def spy(*arguments: object) -> str:
+        assert torch.onnx.is_in_onnx_export()
+        chosen.append(select(*arguments))  # type: ignore[arg-type]
+        return chosen[-1]
+
+    class Cell(torch.nn.Module):
+        def forward(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            return gf.ops.lstm_gates(gates, c)
+
+    monkeypatch.setattr(module, "select", spy)
+    # Writing the file takes the package onnx; by then the model has run.
+    with contextlib.suppress(ImportError, torch.onnx.errors.OnnxExporterError):
+        torch.onnx.export(Cell(), operands, tmp_path / "cell.onnx", dynamo=False)
+    assert set(chosen) == {"reference"}
+
+
+@needs_library
+def test_forward_mode_uses_the_reference(operands: tuple[Tensor, Tensor]) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        assert select("lstm_gates", operands[0], "auto") == "reference"
+        with pytest.raises(gf.BackendUnavailable, match="forward-mode"):
+            gf.ops.lstm_gates(*operands, backend="cpu")
+    assert select("lstm_gates", operands[0], "auto") == "cpu"
+
+
+@needs_library
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_graph_is_recorded_where_it_is_wanted(
+    requires_grad: bool, grad_mode: bool, operands: tuple[Tensor, Tensor]
+) -> None:
+    gates, c = operands
+    with torch.set_grad_enabled(grad_mode):
+        results = gf.ops.lstm_gates(gates, c.requires_grad_(requires_grad))
+    assert all(result.requires_grad == (requires_grad and grad_mode) for result in results)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("owner", "name", "backend"),
+    [
+        ("torch._C", "_AutoDispatchBelowAutograd", "cpu"),
+        ("torch._C", "_is_tracing", "cpu"),
+        ("torch._C", "_are_functorch_transforms_active", "reference"),
+        ("torch.autograd.forward_ad", "_current_level", "reference"),
+    ],
+)
+def test_a_torch_without_a_private_name_is_served(owner: str, name: str, backend: str) -> None:
+    code = f"""
+import torch, torch.autograd.forward_ad
+value = {owner}.{name}
+delattr({owner}, {name!r})
+import geco_fast as gf
+if {owner} is torch._C:  # torch's own code takes it from there
+    {owner}.{name} = value
+from geco_fast._backend import select
+gates, c = torch.randn(2, 12, 3, requires_grad=True), torch.randn(2, 3, 3)
+results = gf.ops.lstm_gates(gates, c)
+grads = torch.autograd.grad(results[0].sum(), gates)
+with torch.no_grad():
+    plain = gf.ops.lstm_gates(gates, c)
+wanted = gf.reference.lstm_gates(gates, c)
+assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results, wanted, strict=True))
+assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
+print(select("lstm_gates", gates, "auto"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{backend}\n", done.stderr

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geco_fast._checks import check_alike, check_floating, check_shape, describe
+from geco_fast._checks import alike, check_alike, check_floating, check_shape, describe
 
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; False where there is none, as on "meta"."""
-    available = torch.amp.is_autocast_available(device_type)
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
@@ -39,6 +39,15 @@ def same_shape_operands(**tensors: Tensor) -> tuple[Tensor, ...]:
 
     Under autocast 16-bit operands come back in float32, and so may differ in dtype at first.
     """
+    operands = tuple(tensors.values())
+    if alike(*operands):
+        shape = operands[0].shape
+        for tensor in operands:
+            if tensor.shape != shape or not shape:
+                break
+        else:
+            wide = operands[0].dtype in (torch.float32, torch.float64)
+            return operands if wide else autocast_to_float32(*operands)
     for name, tensor in tensors.items():
         check_floating(name, tensor)
     (first_name, first), *others = tensors.items()

@@ -16,6 +16,7 @@ from geco_fast._autograd import (
 )
 from geco_fast._backend import select
 from geco_fast._checks import (
+    alike,
     check_alike,
     check_floating,
     check_number,
@@ -57,6 +58,38 @@ class _LSTMGates(torch.autograd.Function):
 
 
 _lstm_gates = differentiable("lstm_gates", _LSTMGates)
+
+
+def _fit(gates: torch.Size, c: torch.Size) -> bool:
+    """Whether the shapes of gates and state belong together."""
+    rank = len(gates)
+    return (
+        1 < rank < 6
+        and len(c) == rank
+        and gates[0] == c[0]
+        and gates[1] == 4 * c[1]
+        # Slices would take longer than all the rest.
+        and (rank < 3 or gates[2] == c[2])
+        and (rank < 4 or gates[3] == c[3])
+        and (rank < 5 or gates[4] == c[4])
+    )
+
+
+def _checked_state(gates: Tensor, c: Tensor) -> Tensor:
+    """Return the state in the dtype of gates, where autocast allows; else name what is wrong."""
+    check_floating("gates", gates)
+    check_floating("c", c)
+    check_rank("gates", gates, _RANKS, "[B, 4C, *S] with 0 to 3 spatial dimensions")
+    batch, width, *spatial = gates.shape
+    if width % 4:
+        raise ValueError(
+            f"gates must have a channel count divisible by 4 (i, f, g, o), got {width}"
+        )
+    check_shape("c", c, (batch, width // 4, *spatial), "a quarter of the channels of gates")
+    if c.dtype != gates.dtype and autocast_enabled(gates.device.type):
+        c = c.to(gates.dtype)
+    check_alike("c", c, "gates", gates)
+    return c
 
 
 def lstm_gates(
@@ -111,18 +144,8 @@ def lstm_gates(
     >>> h.shape
     torch.Size([2, 8, 5, 5])
     """
-    check_floating("gates", gates)
-    check_floating("c", c)
-    check_rank("gates", gates, _RANKS, "[B, 4C, *S] with 0 to 3 spatial dimensions")
-    batch, width, *spatial = gates.shape
-    if width % 4:
-        raise ValueError(
-            f"gates must have a channel count divisible by 4 (i, f, g, o), got {width}"
-        )
-    check_shape("c", c, (batch, width // 4, *spatial), "a quarter of the channels of gates")
-    if c.dtype != gates.dtype and autocast_enabled(gates.device.type):
-        c = c.to(gates.dtype)
-    check_alike("c", c, "gates", gates)
+    if not (alike(gates, c) and _fit(gates.shape, c.shape)):
+        c = _checked_state(gates, c)
     if type(forget_bias) is not float:
         check_number("forget_bias", forget_bias)
     if select("lstm_gates", gates, backend) == "reference":
