@@ -17,14 +17,32 @@ LIBRARY = torch.library.Library("geco_fast", "DEF")
 
 # Operator -> backend -> dtypes its kernels take.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "geco_update": {"cpu": FLOATING},
     "lstm_gates": {"cpu": FLOATING},
 }
 
+LIBRARY.define(
+    "geco_update(Tensor c_hat, Tensor(a!) ema, Tensor(b!) log_lambda, Tensor(c!) step, "
+    "float alpha, float step_size, float lambda_min, float lambda_max, float[2]? max_log_step, "
+    "int warmup_steps, int update_every, float? speedup, str parametrization, bool update) "
+    "-> (Tensor, Tensor)"
+)
 LIBRARY.define("lstm_gates(Tensor gates, Tensor c, float forget_bias) -> (Tensor, Tensor)")
 LIBRARY.define(
     "lstm_gates_backward(Tensor gates, Tensor c, float forget_bias, Tensor? grad_h, "
     "Tensor? grad_c_next) -> (Tensor, Tensor)"
 )
+
+
+@torch.library.register_fake("geco_fast::geco_update", lib=LIBRARY)
+def _(
+    c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor, *options: object
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 in (c_hat.dtype, ema.dtype, log_lambda.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    strides = (1, 0)[: c_hat.dim()]
+    slope = torch.empty_strided(c_hat.shape, strides, dtype=dtype, device=c_hat.device)
+    return c_hat.new_empty((), dtype=dtype), slope
 
 
 @torch.library.register_fake("geco_fast::lstm_gates", lib=LIBRARY)

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geco_fast import ops
 from geco_fast._checks import check_floating, check_positive, check_rank, describe
-from geco_fast.ops.geco_update import check_geco_options
+from geco_fast.ops.geco_update import check_geco_options, geco_options, move_multipliers
 from geco_fast.reference._precision import widen
 from geco_fast.reference.geco_update import GECOOptions
 
@@ -193,13 +192,9 @@ class GECO(nn.Module):
             check_rank(f"values[{name!r}]", value, (0, 1), "[] or [B]")
         group = self._process_group.group if self.training else None
         c_hat = _stack(constraints) if group is None else _joined_means(constraints, group)
-        penalty = ops.geco_update(
-            c_hat,
-            self.ema,
-            self.log_lambda,
-            self.step,
-            **self.options._asdict(),
-            update=self.training,
+        options = geco_options(*self.options)
+        penalty = move_multipliers(
+            c_hat, self.ema, self.log_lambda, self.step, options, self.training
         )
         (objective,) = widen(objective)
         return objective.mean() + penalty
@@ -218,8 +213,9 @@ class GECO(nn.Module):
 
     @property
     def lambdas(self) -> dict[str, Tensor]:
-        """Name to multiplier ``[]``, on the state's device."""
-        return dict(zip(self.names, self.log_lambda.exp().unbind(), strict=True))
+        """Name to multiplier ``[]``, on the state's device; never past its bounds by rounding."""
+        lambdas = self.log_lambda.exp().clamp(self.options.lambda_min, self.options.lambda_max)
+        return dict(zip(self.names, lambdas.unbind(), strict=True))
 
     @property
     def beta(self) -> Tensor:
@@ -232,7 +228,7 @@ class GECO(nn.Module):
         """
         if len(self.names) != 1:
             raise ValueError(f"beta is defined for one constraint, got {list(self.names)}")
-        return torch.exp(-self.log_lambda[0])
+        return 1 / self.lambdas[self.names[0]]
 
     @property
     def satisfied(self) -> Tensor:
@@ -245,6 +241,8 @@ class GECO(nn.Module):
         One constraint also gives ``beta``. Waits for the device, once.
         """
         lambdas, averages = torch.stack([self.log_lambda.exp(), self.ema]).tolist()
+        low, high = self.options.lambda_min, self.options.lambda_max
+        lambdas = [min(max(value, low), high) for value in lambdas]
         log = {f"lambda/{name}": value for name, value in zip(self.names, lambdas, strict=True)}
         log |= {f"constraint/{name}": v for name, v in zip(self.names, averages, strict=True)}
         if len(self.names) == 1:
@@ -282,6 +280,8 @@ def _constraint_names(constraints: object) -> tuple[str, ...]:
 
 def _stack(values: list[Tensor]) -> Tensor:
     """``[L, B]`` or ``[L]`` where all values are alike, else their means ``[L]``."""
+    if len(values) == 1:
+        return values[0].unsqueeze(0)
     if all(value.shape == values[0].shape for value in values):
         return torch.stack(values)
     return torch.stack([value.mean() for value in widen(*values)])

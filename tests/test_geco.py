@@ -139,6 +139,17 @@ def test_log_dict_holds_plain_numbers():
     }
 
 
+@pytest.mark.parametrize("bound", [1e6, 1e-6, 0.1, 3.0, 1234.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_multiplier_is_past_its_bounds(bound, dtype):
+    """The exponential of a rounded logarithm can be."""
+    geco = GECO(["re"], lambda_init=bound, lambda_min=bound, lambda_max=bound).to(dtype)
+    geco(torch.tensor(0.0), {"re": torch.tensor(1.0)})
+    assert geco.lambdas["re"] == torch.tensor(bound, dtype=dtype)
+    assert geco.log_dict()["lambda/re"] == bound
+    assert geco.beta == 1 / torch.tensor(bound, dtype=dtype)
+
+
 def test_is_not_satisfied_before_it_has_seen_a_value():
     assert not GECO(["re"]).satisfied
 

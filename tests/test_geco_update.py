@@ -5,9 +5,17 @@ import math
 import pytest
 import torch
 
+from geco_fast import reference
+from geco_fast._backend import LIBRARY
 from geco_fast.ops import geco_update
+from geco_fast.ops.geco_update import geco_options
 
 OPTIONS = {"alpha": 0.9, "step_size": 0.3}
+
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
+each_backend = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpu", marks=needs_library)]
+)
 
 
 def state(count, dtype=torch.float64, log_lambda=0.0):
@@ -106,7 +114,7 @@ def test_gradient_is_lambda_over_batch_size(update, batch):
     c_hat = draw(3, batch).requires_grad_()
     penalty = geco_update(c_hat, ema, log_lambda, step, **OPTIONS, update=update)
     (gradient,) = torch.autograd.grad(penalty, c_hat)
-    assert torch.equal(gradient, (lambdas / batch)[:, None].expand(3, batch))
+    torch.testing.assert_close(gradient, (lambdas / batch)[:, None].expand(3, batch))
 
 
 def test_without_update_the_state_stays_and_the_value_is_the_batch_s():
@@ -140,11 +148,10 @@ def test_16_bit_values_are_averaged_in_float32(dtype):
 def test_batch_means_may_come_ready():
     c_hat = draw(2, 6)
     first, second = state(2), state(2)
-    assert torch.equal(
+    torch.testing.assert_close(
         geco_update(c_hat, *first, **OPTIONS), geco_update(c_hat.mean(1), *second, **OPTIONS)
     )
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(first, second)
 
 
 def test_a_non_finite_constraint_does_not_touch_the_others():
@@ -182,6 +189,189 @@ def test_reads_nothing_back_to_the_host():
     options = OPTIONS | {"speedup": 2.0, "max_log_step": 0.1, "parametrization": "softplus2"}
     penalty = geco_update(torch.empty(2, 3, device="meta"), ema, log_lambda, step, **options)
     assert penalty.shape == ()
+
+
+EXTREMES = [
+    {},
+    {"max_log_step": 0.5},
+    {"max_log_step": (-0.1, 0.4), "speedup": 3.0},
+    {"parametrization": "softplus2", "speedup": 0.5},
+    {"warmup_steps": 2, "update_every": 2, "lambda_max": 1.5},
+    {"update": False},
+]
+
+
+@needs_library
+@pytest.mark.parametrize("options", EXTREMES)
+@pytest.mark.parametrize("step", [0, 1, 4])
+@pytest.mark.parametrize("dtypes", ["ff", "fd", "df", "dd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_kernel_is_the_reference_for_every_dtype_and_value(dtype, dtypes, step, options):
+    levels = [0.0, -0.0, 1e-3, -2.0, 50.0, -3e4, math.inf, -math.inf, math.nan]
+    c_hat = torch.tensor(levels).to(dtype)[:, None] * torch.ones(1, 3, dtype=dtype)
+    kinds = {"f": torch.float32, "d": torch.float64}
+    results = []
+    for function in (reference.geco_update, geco_update):
+        ema = torch.linspace(-1, 1, 9).to(kinds[dtypes[0]])
+        log_lambda = torch.linspace(-20, 20, 9).to(kinds[dtypes[1]])
+        counter = torch.tensor(step)
+        # Alone, so that one penalty that isn't finite hides no other.
+        penalties = [
+            function(
+                c_hat[k : k + 1],
+                ema[k : k + 1],
+                log_lambda[k : k + 1],
+                counter.clone(),
+                **OPTIONS | options,
+            )
+            for k in range(9)
+        ]
+        function(c_hat[:0], ema[:0], log_lambda[:0], counter, **OPTIONS | options)
+        results.append((torch.stack(penalties), ema, log_lambda, counter))
+    for wanted, got in zip(*results, strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got.isfinite(), wanted.isfinite())
+        finite = wanted.isfinite()
+        torch.testing.assert_close(got[finite], wanted[finite])
+
+
+@each_backend
+def test_state_may_be_views_of_one_buffer(backend):
+    buffer = torch.zeros(3, 5, dtype=torch.float64)
+    ema, log_lambda, c_hat = buffer[:, 0], buffer[:, 1], buffer[:, 2:]
+    c_hat.copy_(draw(3, 3))
+    plain = state(3)
+    step = torch.zeros(4, dtype=torch.int64)[2]
+    for _ in range(2):
+        wanted = geco_update(c_hat.clone(), *plain, **OPTIONS, backend="reference")
+        got = geco_update(c_hat, ema, log_lambda, step, **OPTIONS, backend=backend)
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close((ema, log_lambda, step), plain)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["ema", "log_lambda"])
+def test_expanded_state_is_refused(backend, name):
+    arguments = dict(zip(("ema", "log_lambda", "step"), state(3), strict=True))
+    arguments[name] = torch.zeros((), dtype=torch.float64).expand(3)
+    with pytest.raises(RuntimeError, match="clone"):
+        geco_update(draw(3, 2), **arguments, **OPTIONS, backend=backend)
+    geco_update(draw(3, 2), **arguments, **OPTIONS, backend=backend, update=False)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (lambda b: (b[:6].view(2, 3), b[6:8], b[7:9]), "ema is written .* with log_lambda"),
+        (lambda b: (b[:6].view(2, 3), b[5:7], b[8:10]), "ema .* shares memory with c_hat"),
+        (lambda b: (b[:4:2], b[6:8], b[2:6:2]), "log_lambda .* shares memory with c_hat"),
+        (lambda b: (b[:4:2], b[1:5:2], b[6:8]), ""),
+        (lambda b: (b[:6].view(2, 3)[:, :2], b[2:6:3], b[6:8]), ""),
+    ],
+)
+def test_overlapping_operands_are_refused(view, message):
+    buffer = draw(10)
+    c_hat, ema, log_lambda = view(buffer)
+    before = buffer.clone()
+    if not message:
+        geco_update(c_hat, ema, log_lambda, torch.tensor(0), **OPTIONS, backend="cpu")
+        return
+    with pytest.raises(RuntimeError, match=message):
+        geco_update(c_hat, ema, log_lambda, torch.tensor(0), **OPTIONS, backend="cpu")
+    assert torch.equal(buffer, before)
+
+
+@each_backend
+def test_state_that_requires_grad_is_refused(backend):
+    for name in ("ema", "log_lambda"):
+        arguments = dict(zip(("ema", "log_lambda", "step"), state(2), strict=True))
+        arguments[name].requires_grad_()
+        with pytest.raises(RuntimeError, match=f"{name} must not require grad"):
+            geco_update(draw(2, 3), **arguments, **OPTIONS, backend=backend)
+        geco_update(draw(2, 3), **arguments, **OPTIONS, backend=backend, update=False)
+        with torch.no_grad():
+            geco_update(draw(2, 3), **arguments, **OPTIONS, backend=backend)
+
+
+@each_backend
+def test_changed_state_is_noticed_by_autograd(backend):
+    before = ema, log_lambda, step = state(2)
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    graphs = [(weight * tensor).sum() for tensor in (ema, log_lambda, step)]
+    versions = [tensor._version for tensor in before]
+    geco_update(draw(2, 3), *before, **OPTIONS, update=False, backend=backend)
+    assert [tensor._version for tensor in before] == versions
+    geco_update(draw(2, 3), *before, **OPTIONS, backend=backend)
+    for graph in graphs:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            graph.backward()
+
+
+@each_backend
+def test_penalty_is_linear(backend):
+    """So its gradient is a constant, and depends on the incoming gradient alone."""
+    c_hat = draw(2, 3).requires_grad_()
+    penalty = geco_update(c_hat, *state(2), **OPTIONS, backend=backend)
+    upstream = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(penalty, c_hat, upstream, create_graph=True)
+    second = torch.autograd.grad(gradient.sum(), (upstream, c_hat), allow_unused=True)
+    torch.testing.assert_close(second[0], torch.tensor(2.0, dtype=torch.float64))
+    assert second[1] is None or not second[1].any()
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_new_batch_size_does_not_recompile(update):
+    torch._dynamo.reset()
+
+    def function(c_hat, ema, log_lambda, step):
+        options = OPTIONS | {"max_log_step": 0.1, "speedup": 2.0}
+        return geco_update(c_hat, ema, log_lambda, step, **options, update=update)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    states = state(3), state(3)
+    for batch in (5, 2, 8, 33):
+        with torch.compiler.set_stance("default" if batch == 5 else "fail_on_recompile"):
+            values = [draw(3, batch).requires_grad_() for _ in range(2)]
+            results = [
+                run(value, *tensors)
+                for run, value, tensors in zip((function, compiled), values, states, strict=True)
+            ]
+        gradients = [torch.autograd.grad(r, v)[0] for r, v in zip(results, values, strict=True)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(*states)
+
+
+@pytest.mark.slow
+def test_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(geco_update, fullgraph=True)
+    states = state(3), state(3)
+    for _ in range(3):
+        values = [draw(3, 7).requires_grad_() for _ in range(2)]
+        results = [
+            run(value, *tensors, **OPTIONS)
+            for run, value, tensors in zip((geco_update, compiled), values, states, strict=True)
+        ]
+        gradients = [
+            torch.autograd.grad(result, value)[0]
+            for result, value in zip(results, values, strict=True)
+        ]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(*states)
+
+
+def test_checked_options_do_not_hide_wrong_ones():
+    """Equal keys of a cache, some of them wrong."""
+    assert geco_options(0.5, 1, 1e-6, 1e6, None, 1, 1, None, "exp").step_size == 1
+    for wrong in ((0.5, True, 1, 1), (0.5, 1, True, 1), (0.5, 1, 1, 1.0)):
+        alpha, step_size, warmup_steps, update_every = wrong
+        with pytest.raises(TypeError):
+            geco_options(alpha, step_size, 1e-6, 1e6, None, warmup_steps, update_every, None, "exp")
+    with pytest.raises(TypeError, match="max_log_step must be a number, got list"):
+        geco_options(0.5, 1, 1e-6, 1e6, [-1.0, 1.0], 0, 1, None, "exp")
 
 
 @pytest.mark.parametrize(

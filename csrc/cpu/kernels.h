@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+#include "include/geco_update.h"
 #include "include/lstm_gates.h"
 
 namespace geco::cpu {
 
 struct Kernels {
+  void (*geco_update_step)(const geco_update::Params&);
   void (*lstm_gates_forward)(const lstm_gates::Forward&, std::int64_t begin, std::int64_t end);
   void (*lstm_gates_backward)(const lstm_gates::Backward&, std::int64_t begin, std::int64_t end);
 };

@@ -2,6 +2,7 @@
 // table and is compiled with that level's flags; no other file may include the kernels.
 #pragma once
 
+#include "cpu/geco_update.h"
 #include "cpu/kernels.h"
 #include "cpu/lstm_gates.h"
 
@@ -9,6 +10,7 @@ namespace geco::cpu {
 namespace {
 
 constexpr Kernels kKernels = {
+    .geco_update_step = geco_update_step,
     .lstm_gates_forward = lstm_gates_forward,
     .lstm_gates_backward = lstm_gates_backward,
 };

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from geco_fast import reference
+from geco_fast._autograd import below_autograd, direct_apply
 from geco_fast._backend import select
 from geco_fast._checks import (
+    FLOATING,
     check_choice,
     check_floating,
     check_positive,
@@ -17,6 +22,28 @@ from geco_fast._checks import (
     describe,
 )
 from geco_fast.reference.geco_update import GECOOptions
+
+_STATE = (torch.float32, torch.float64)
+_step = torch.ops.geco_fast.geco_update.default
+
+
+class _GECOUpdate(torch.autograd.Function):
+    """The penalty is linear in `c_hat`: its slope is all that backward needs, at any order."""
+
+    @staticmethod
+    def forward(ctx: Any, c_hat: Tensor, others: tuple[Any, ...]) -> Tensor:
+        with below_autograd():
+            penalty, slope = _step(c_hat, *others)
+        ctx.save_for_backward(slope)
+        return penalty
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None
+
+
+_geco_update = direct_apply(_GECOUpdate)
 
 
 def _check_count(name: str, value: object, least: int) -> None:
@@ -48,6 +75,118 @@ def check_geco_options(options: GECOOptions) -> None:
     if options.speedup is not None:
         check_positive("speedup", options.speedup)
     check_choice("parametrization", options.parametrization, ("exp", "softplus2"))
+
+
+def _normal(options: GECOOptions) -> GECOOptions:
+    """Check options and bring them to the form that the operator takes: bounds as a pair."""
+    check_geco_options(options)
+    bound = options.max_log_step
+    if bound is None or isinstance(bound, tuple):
+        return options
+    return options._replace(max_log_step=(-bound, bound))
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _normal_once(*values: Any) -> GECOOptions:
+    # Python's own numbers, of which NumPy's are no kind.
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(float, value))
+        return value if value is None or isinstance(value, (int, str)) else float(value)
+
+    return GECOOptions(*map(plain, _normal(GECOOptions(*values))))
+
+
+def geco_options(*values: Any) -> GECOOptions:
+    """Options in the order of `GECOOptions`, checked; what was checked before comes from a cache.
+
+    Raises what `geco_update` documents.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            return _normal_once(*values)
+        except TypeError:
+            # A wrong type, which is now named, or one that can't be kept in a cache.
+            pass
+    return _normal(GECOOptions(*values))
+
+
+def _fit(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> bool:
+    """Whether the tensors are what `_check_tensors` demands; the good case, told quickly."""
+    for tensor in (c_hat, ema, log_lambda, step):
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return False
+    shape, of_ema, of_log_lambda = c_hat.shape, ema.shape, log_lambda.shape
+    return (
+        c_hat.dtype in FLOATING
+        and ema.dtype in _STATE
+        and log_lambda.dtype in _STATE
+        and step.dtype is torch.int64
+        and 1 <= len(shape) <= 2
+        and len(of_ema) == len(of_log_lambda) == 1
+        and of_ema[0] == of_log_lambda[0] == shape[0]
+        and not step.dim()
+        and c_hat.is_cpu
+        and ema.is_cpu
+        and log_lambda.is_cpu
+        and step.is_cpu
+    )
+
+
+def _check_tensors(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> None:
+    check_floating("c_hat", c_hat)
+    check_rank("c_hat", c_hat, (1, 2), "[L] or [L, B]")
+    check_floating("ema", ema, _STATE)
+    check_floating("log_lambda", log_lambda, _STATE)
+    check_tensor("step", step)
+    if step.dtype != torch.int64:
+        raise TypeError(f"step must have the dtype int64, got {step.dtype}")
+    check_shape("ema", ema, c_hat.shape[:1], "one per constraint of c_hat")
+    check_shape("log_lambda", log_lambda, c_hat.shape[:1], "one per constraint of c_hat")
+    check_shape("step", step, (), "a scalar")
+    for name, tensor in (("ema", ema), ("log_lambda", log_lambda), ("step", step)):
+        if tensor.device != c_hat.device:
+            raise ValueError(
+                f"{name} must be on the device of c_hat, {c_hat.device}, got {tensor.device}"
+            )
+
+
+def move_multipliers(
+    c_hat: Tensor,
+    ema: Tensor,
+    log_lambda: Tensor,
+    step: Tensor,
+    options: GECOOptions,
+    update: bool,
+    backend: str = "auto",
+) -> Tensor:
+    """`geco_update` with options that were checked."""
+    if not _fit(c_hat, ema, log_lambda, step):
+        _check_tensors(c_hat, ema, log_lambda, step)
+    if update and (ema.requires_grad or log_lambda.requires_grad) and torch.is_grad_enabled():
+        name = "ema" if ema.requires_grad else "log_lambda"
+        raise RuntimeError(
+            f"{name} must not require grad, as it is updated in place; detach it, or call under "
+            "torch.no_grad()"
+        )
+    if select("geco_update", c_hat, backend) == "reference":
+        return reference.geco_update(
+            c_hat, ema, log_lambda, step, update=update, **options._asdict()
+        )
+    if torch.compiler.is_compiling():
+        # No autograd formula may be registered with an operator that writes to its arguments.
+        values, state = c_hat.detach(), (ema.detach(), log_lambda.detach())
+        penalty, slope = _step(values, *state, step, *options, update)
+        return penalty + (slope * (c_hat - values)).sum() if c_hat.requires_grad else penalty
+    others = (ema, log_lambda, step, *options, update)
+    if c_hat.requires_grad and torch.is_grad_enabled():
+        penalty = _geco_update(c_hat, others)
+    else:
+        with below_autograd():
+            penalty, _ = _step(c_hat, *others)
+    if update:
+        torch.autograd.graph.increment_version((ema, log_lambda, step))
+    return penalty
 
 
 def geco_update(
@@ -127,6 +266,9 @@ def geco_update(
         If a rank, shape, device or option is wrong.
     TypeError
         If a dtype is not supported, or an option is not a number.
+    RuntimeError
+        If state that is to be updated requires grad, or shares memory with itself or another
+        operand.
     BackendUnavailable
         If an explicitly chosen backend can't serve the call.
 
@@ -146,33 +288,15 @@ def geco_update(
     >>> penalty, ema, log_lambda, step
     (tensor(2.), tensor([2.]), tensor([0.2000]), tensor(1))
     """
-    options = GECOOptions(
-        alpha=alpha,
-        step_size=step_size,
-        lambda_min=lambda_min,
-        lambda_max=lambda_max,
-        max_log_step=max_log_step,
-        warmup_steps=warmup_steps,
-        update_every=update_every,
-        speedup=speedup,
-        parametrization=parametrization,
+    options = geco_options(
+        alpha,
+        step_size,
+        lambda_min,
+        lambda_max,
+        max_log_step,
+        warmup_steps,
+        update_every,
+        speedup,
+        parametrization,
     )
-    check_geco_options(options)
-    check_floating("c_hat", c_hat)
-    check_rank("c_hat", c_hat, (1, 2), "[L] or [L, B]")
-    state = (torch.float32, torch.float64)
-    check_floating("ema", ema, state)
-    check_floating("log_lambda", log_lambda, state)
-    check_tensor("step", step)
-    if step.dtype != torch.int64:
-        raise TypeError(f"step must have the dtype int64, got {step.dtype}")
-    check_shape("ema", ema, c_hat.shape[:1], "one per constraint of c_hat")
-    check_shape("log_lambda", log_lambda, c_hat.shape[:1], "one per constraint of c_hat")
-    check_shape("step", step, (), "a scalar")
-    for name, tensor in (("ema", ema), ("log_lambda", log_lambda), ("step", step)):
-        if tensor.device != c_hat.device:
-            raise ValueError(
-                f"{name} must be on the device of c_hat, {c_hat.device}, got {tensor.device}"
-            )
-    select("geco_update", c_hat, backend)
-    return reference.geco_update(c_hat, ema, log_lambda, step, update=update, **options._asdict())
+    return move_multipliers(c_hat, ema, log_lambda, step, options, update, backend)

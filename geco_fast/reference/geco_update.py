@@ -23,8 +23,9 @@ class GECOOptions(NamedTuple):
     parametrization: str = "exp"
 
 
-def batch_means(c_hat: Tensor, dtype: torch.dtype) -> Tensor:
-    """Constraints ``[L]``, or their batch means of ``[L, B]``, in at least float32."""
+def batch_means(c_hat: Tensor, ema: Tensor, log_lambda: Tensor) -> Tensor:
+    """Constraints ``[L]``, or batch means of ``[L, B]``, in the widest dtype, at least float32."""
+    dtype = torch.promote_types(ema.dtype, log_lambda.dtype)
     c = c_hat.to(torch.promote_types(torch.promote_types(c_hat.dtype, dtype), torch.float32))
     return c.mean(1) if c.dim() == 2 else c
 
@@ -33,7 +34,7 @@ def next_state(
     c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor, options: GECOOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the penalty and the average, log multipliers and step after it; change nothing."""
-    c = batch_means(c_hat, ema.dtype)
+    c = batch_means(c_hat, ema, log_lambda)
     ema, log_lambda, value = ema.detach().to(c.dtype), log_lambda.detach().to(c.dtype), c.detach()
     ema = torch.where(step == 0, value, options.alpha * ema + (1 - options.alpha) * value)
     # Value of the average, exactly; gradient of the batch.
@@ -67,7 +68,7 @@ def geco_update(
 ) -> Tensor:
     """Define `geco_fast.ops.geco_update`; `options` are those of `GECOOptions`."""
     if not update:
-        c = batch_means(c_hat, log_lambda.dtype)
+        c = batch_means(c_hat, ema, log_lambda)
         return (log_lambda.detach().to(c.dtype).exp() * c).sum()
     penalty, *state = next_state(c_hat, ema, log_lambda, step, GECOOptions(**options))
     with torch.no_grad():

@@ -431,6 +431,11 @@ GECO_UPDATE = [
     _geco_update("no-constraints", 0, 4),
     _geco_update("many", 4, 300, layout="reversed", speedup=2.0, max_log_step=0.01),
     _geco_update("softplus2", 3, 64, layout="strided", parametrization="softplus2"),
+    _geco_update("one-sided", 3, 5, layout="expanded", max_log_step=(-0.01, 0.02)),
+    *(_geco_update(f"{count}x64", count, 64, tags=BENCH) for count in (1, 2, 4)),
+    _geco_update("3x256", 3, 256, tags=BENCH),
+    _geco_update("3x4096", 3, 4096, tags=BENCH),
+    _geco_update("means-3", 3, tags=BENCH),
 ]
 
 
