@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from geco_fast._backend import BACKENDS, LIBRARY, unavailable_reason
+from geco_fast._backend import BACKENDS, unavailable_reason
+from geco_fast.testing.calls import instruction_set
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,11 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
         reason = unavailable_reason(backend)
         if reason:
             raise pytest.UsageError(f"--require-backend {backend}: {reason}")
-    # New memory is filled with huge values, so that a result that was never written shows.
+    # glibc fills new memory with the low byte of this value's complement: 0xff, which is NaN in
+    # every floating dtype, so that a result that was never written shows.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_perturb = -6
-        mallopt(m_perturb, 0x80)
+        mallopt(m_perturb, 0x100)
 
 
 @pytest.fixture
@@ -46,14 +48,8 @@ def data_root(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Backend of a call; "cpu-avx2" and its like also choose that instruction set meanwhile."""
-    name, _, level = request.param.partition("-")
-    if not level:
+    with instruction_set(request.param) as name:
         yield name
-        return
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(level)
-    yield name
-    LIBRARY.set_instruction_set(before)
 
 
 @pytest.fixture

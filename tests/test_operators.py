@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -10,20 +11,23 @@ import torch
 from torch import Tensor
 
 import geco_fast as gf
-from geco_fast._backend import LIBRARY
 from geco_fast._checks import FLOATING
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import Budget, draws
 from geco_fast.testing.cases import Case, Tensors, cases
-
-LEVELS = tuple(LIBRARY.instruction_sets()) if LIBRARY is not None else ()
-
-
-def backends(operator: str, dtype: torch.dtype) -> list[str]:
-    """Backends that serve an operator here, the CPU's once for each instruction set."""
-    kernels = KERNELS.get(operator, {})
-    levels = [f"cpu-{level}" for level in LEVELS if dtype in kernels.get("cpu", ())]
-    return ["reference", *levels]
+from geco_fast.testing.calls import (
+    LEVELS,
+    Expected,
+    backends,
+    cast,
+    expect_gradients,
+    expect_results,
+    gradients,
+    named_gradients,
+    named_results,
+    require_grad,
+)
+from geco_fast.testing.guards import Guards
 
 
 def over(
@@ -45,30 +49,15 @@ SMALL = over(cases(tag="small"), [torch.float64])
 KERNEL_CASES = [case for case in cases() if case.operator in KERNELS]
 
 
-def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
-        for name, tensor in tensors.items()
-    }
-
-
-def require_grad(case: Case, tensors: Tensors) -> Tensors:
-    return {
-        name: tensor.detach().requires_grad_() if name in case.gradient_names() else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def gradients(case: Case, results: tuple[Tensor, ...], tensors: Tensors, upstream: list) -> list:
-    outputs = [(r, u.to(r.dtype)) for r, u in zip(results, upstream, strict=True) if u is not None]
-    leaves = [tensors[name] for name in case.gradient_names()]
-    return torch.autograd.grad(
-        [r for r, _ in outputs], leaves, [u for _, u in outputs], allow_unused=True
-    )
-
-
-def same_precision(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float64 else dtype
+def for_compilation() -> list:
+    """Small cases; the quick suite compiles each operator's first and last one."""
+    rows = []
+    for operator in sorted({case.operator for case in cases()}):
+        small = cases(operator, "small")
+        for case in small:
+            slow = [] if case in (small[0], small[-1]) else [pytest.mark.slow]
+            rows.append(pytest.param(case, id=str(case), marks=slow))
+    return rows
 
 
 def seeds(case: Case, backend: str) -> range:
@@ -78,59 +67,73 @@ def seeds(case: Case, backend: str) -> range:
     return range(draws(case.define(case.tensors(torch.float32))[0].numel()))
 
 
+@functools.lru_cache(1024)
+def expected_results(name: str, dtype: torch.dtype, seed: int) -> Expected:
+    """Same for every backend; so are the gradients."""
+    case = BY_NAME[name]
+    return expect_results(case, case.arguments(case.tensors(dtype, seed)))
+
+
+@functools.lru_cache(1024)
+def expected_gradients(
+    name: str, dtype: torch.dtype, seed: int, used: tuple[int, ...]
+) -> tuple[list, Expected]:
+    """The gradients to the results in `used`, and those to all differentiable operands."""
+    case = BY_NAME[name]
+    tensors = case.tensors(dtype, seed)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    upstream = [
+        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype)
+        if k in used
+        else None
+        for k, r in enumerate(case.define(cast(tensors, torch.float32)))
+    ]
+    return upstream, expect_gradients(case, tensors, upstream)
+
+
+BY_NAME = {str(case): case for case in cases()}
+
+
 @ALL
 def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
-    budgets: list[Budget] = []
+    budgets: dict[str, Budget] = {}
     for seed in seeds(case, backend):
-        tensors = case.tensors(dtype, seed)
-        before = cast(tensors, dtype)
-        exact = case.define(cast(tensors, torch.float64))
-        same = case.define(cast(tensors, same_precision(dtype)))
-        results = case.run(tensors, backend)
-        budgets = budgets or [Budget(f"result {k}") for k in range(len(results))]
-        for budget, result, s, e in zip(budgets, results, same, exact, strict=True):
-            budget.add(result, s, e)
-        for name, tensor in tensors.items():
-            if name not in case.written:
-                assert torch.equal(tensor, before[name]), f"{name} was written to"
-    for budget in budgets:
+        guards = Guards()
+        arguments = guards.place_all(case.arguments(case.tensors(dtype, seed)))
+        results = named_results(case, arguments, backend)
+        guards.check(written=[arguments[name] for name in case.written])
+        exact, same = expected_results(str(case), dtype, seed)
+        for name, result in results.items():
+            if not result.is_floating_point():
+                assert torch.equal(result, exact[name]), name
+                continue
+            budgets.setdefault(name, Budget(name)).add(result, same[name], exact[name])
+    for budget in budgets.values():
         budget.check()
-
-
-def differentiate(
-    case: Case, made: Tensors, dtype: torch.dtype, upstream: list, backend: str | None = None
-) -> list:
-    """Gradients through a backend, or through the reference in a dtype if none is given."""
-    tensors = require_grad(case, made if backend else cast(made, dtype))
-    results = case.run(tensors, backend) if backend else case.define(tensors)
-    return gradients(case, results, tensors, upstream)
 
 
 @ALL
 def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     count = len(case.define(case.tensors(torch.float32)))
     # Every result at once, then each alone: autograd leaves the others' gradients out.
-    used_sets = [range(count), *([k] for k in range(count) if count > 1)]
+    used_sets = [tuple(range(count)), *((k,) for k in range(count) if count > 1)]
     for used in used_sets:
-        budgets = {name: Budget(f"gradient to {name}", True) for name in case.gradient_names()}
+        budgets: dict[str, Budget] = {}
         for seed in seeds(case, backend):
-            made = case.tensors(dtype, seed)
-            generator = torch.Generator().manual_seed(seed + 1000)
-            upstream = [
-                torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype)
-                if k in used
-                else None
-                for k, r in enumerate(case.define(cast(made, torch.float32)))
-            ]
-            exact = differentiate(case, made, torch.float64, upstream)
-            same = differentiate(case, made, same_precision(dtype), upstream)
-            actual = differentiate(case, made, dtype, upstream, backend)
-            for budget, a, s, e in zip(budgets.values(), actual, same, exact, strict=True):
+            upstream, (exact, same) = expected_gradients(str(case), dtype, seed, used)
+            guards = Guards()
+            tensors = guards.place_all(case.tensors(dtype, seed))
+            actual = named_gradients(case, tensors, guards.place_all(upstream), backend)
+            guards.check(written=[tensors[name] for name in case.written])
+            for name, e in exact.items():
+                a = actual[name]
                 if e is None:
-                    assert a is None or not a.any(), f"{budget.name} where there is none"
+                    assert a is None or not a.any(), f"gradient to {name} where there is none"
                     continue
+                assert a is not None, f"no gradient to {name}"
                 assert a.dtype == dtype
-                budget.add(a, s, e)
+                budget = budgets.setdefault(name, Budget(f"gradient to {name}", True))
+                budget.add(a, same[name], e)
         for budget in budgets.values():
             budget.check()
 
@@ -152,7 +155,7 @@ def test_layout_is_pytorchs(case: Case, dtype: torch.dtype, backend: str) -> Non
 @SMALL
 def test_gradcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
     names = case.gradient_names()
-    tensors = require_grad(case, case.tensors(dtype))
+    tensors = require_grad(names, case.tensors(dtype))
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         state = {name: tensors[name].clone() for name in case.written}
@@ -160,7 +163,9 @@ def test_gradcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
 
     leaves = tuple(tensors[name] for name in names)
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    # Gradients of gradients go through the reference, whatever the instruction set.
+    if not LEVELS or backend in ("reference", f"cpu-{LEVELS[-1]}"):
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
@@ -171,19 +176,23 @@ def test_opcheck(case: Case) -> None:
     arguments |= {**(case.adapt(tensors) if case.adapt else tensors), **case.options}
     operator = getattr(torch.ops.geco_fast, case.operator).default
     values = tuple(arguments[argument.name] for argument in operator._schema.arguments)
-    torch.library.opcheck(operator, values)
+    # Tracing takes a second a case and sees shapes alone.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    traced = ("test_aot_dispatch_dynamic",) if "small" in case.tags else ()
+    torch.library.opcheck(operator, values, test_utils=(*checks, *traced))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", cases(tag="small"), ids=str)
+@pytest.mark.parametrize("case", for_compilation())
 def test_compiles_whole(case: Case, dynamic: bool) -> None:
     torch._dynamo.reset()
     made = case.tensors(torch.float64)
 
     def gradients_through(run: Callable[[Tensors], tuple[Tensor, ...]]) -> list[Tensor]:
-        tensors = require_grad(case, cast(made, torch.float64))
+        tensors = require_grad(case.gradient_names(), cast(made, torch.float64))
         results = run(tensors)
-        return [*results, *gradients(case, results, tensors, list(results))]
+        leaves = [tensors[name] for name in case.gradient_names()]
+        return [*results, *gradients(results, leaves, results)]
 
     compiled = torch.compile(case.run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for got, wanted in zip(gradients_through(compiled), gradients_through(case.run), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,13 +15,57 @@ from geco_fast import ops, reference
 Tensors = dict[str, Tensor]
 
 
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie in memory; what lies between them is NaN.
+
+    Parameters
+    ----------
+    order : sequence of int
+        The dimensions from the outermost to the innermost.
+    steps : sequence of int
+        Every which element of its parent a dimension takes.
+    gaps : sequence of int
+        How much longer the parent is.
+    expanded : sequence of bool
+        Dimensions at stride 0: their first element stands for all.
+    offset : int
+        Elements before the first.
+    """
+
+    order: Sequence[int]
+    steps: Sequence[int]
+    gaps: Sequence[int]
+    expanded: Sequence[bool]
+    offset: int = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the values of `tensor` in this layout."""
+        strides = [0] * tensor.dim()
+        needed = 1
+        for d in reversed(self.order):
+            strides[d] = needed * self.steps[d]
+            needed *= (1 if self.expanded[d] else tensor.shape[d]) * self.steps[d] + self.gaps[d]
+        parent = tensor.new_full((self.offset + needed,), float("nan"))
+        distinct = tensor
+        for d in range(tensor.dim()):
+            if self.expanded[d]:
+                distinct = distinct.narrow(d, 0, min(1, tensor.shape[d]))
+        parent.as_strided(distinct.shape, strides, self.offset).copy_(distinct)
+        strides = [0 if self.expanded[d] else strides[d] for d in range(tensor.dim())]
+        return parent.as_strided(tensor.shape, strides, self.offset)
+
+
+def lay_out(tensor: Tensor, layout: str | Layout) -> Tensor:
     """Return the values of `tensor` in another memory layout.
 
     `contiguous`, `channels_last` (dimension 1 innermost), `reversed` (the first dimension
     innermost), `sliced` (a window of a parent that is NaN elsewhere), `strided` (every other
-    element of such a parent), `expanded` (the first batch element for all, at stride 0).
+    element of such a parent), `expanded` (the first batch element for all, at stride 0); or any
+    other `Layout`.
     """
+    if isinstance(layout, Layout):
+        return layout(tensor)
     if layout == "contiguous" or tensor.dim() == 0:
         return tensor.contiguous()
     if layout == "channels_last":
@@ -51,7 +95,7 @@ class Case:
         Shape of every tensor argument; values are standard normal.
     options : mapping
         Keyword options of the call.
-    layout : str or mapping
+    layout : str, Layout or mapping
         Memory layout of all tensors, or of each by name (see `lay_out`).
     scale : float
         Factor on the values.
@@ -71,7 +115,7 @@ class Case:
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
-    layout: str | Mapping[str, str] = "contiguous"
+    layout: str | Layout | Mapping[str, str | Layout] = "contiguous"
     scale: float = 1.0
     adapt: Callable[[Tensors], dict[str, Any]] | None = None
     prepare: Callable[[Tensors], Tensors] | None = None
@@ -92,7 +136,7 @@ class Case:
         if self.prepare is not None:
             made = self.prepare(made)
         layouts = self.layout if isinstance(self.layout, Mapping) else {}
-        default = self.layout if isinstance(self.layout, str) else "contiguous"
+        default = "contiguous" if isinstance(self.layout, Mapping) else self.layout
         return {
             name: lay_out(
                 tensor.to(dtype) if tensor.is_floating_point() else tensor,
@@ -101,18 +145,26 @@ class Case:
             for name, tensor in made.items()
         }
 
-    def _call(self, function: Callable[..., Any], tensors: Tensors, **extra: Any) -> Any:
-        arguments = self.adapt(tensors) if self.adapt is not None else tensors
-        result = function(**arguments, **self.options, **extra)
+    def arguments(self, tensors: Tensors) -> dict[str, Any]:
+        """The call's arguments, made of tensors of this case."""
+        return self.adapt(tensors) if self.adapt is not None else dict(tensors)
+
+    def call(self, arguments: Mapping[str, Any], backend: str | None = None) -> tuple[Tensor, ...]:
+        """Results of the public function through a backend, or of the reference for None."""
+        if backend is None:
+            result = getattr(reference, self.operator)(**arguments, **self.options)
+        else:
+            function = getattr(ops, self.operator)
+            result = function(**arguments, **self.options, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     def run(self, tensors: Tensors, backend: str = "auto") -> tuple[Tensor, ...]:
         """Results of the public function."""
-        return self._call(getattr(ops, self.operator), tensors, backend=backend)
+        return self.call(self.arguments(tensors), backend)
 
     def define(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """Results of the reference."""
-        return self._call(getattr(reference, self.operator), tensors)
+        return self.call(self.arguments(tensors))
 
     def gradient_names(self) -> tuple[str, ...]:
         """Names of the tensors that get gradients."""
