@@ -14,7 +14,6 @@ import geco_fast as gf
 from geco_fast._checks import FLOATING
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import Budget, draws
-from geco_fast.testing.cases import Case, Tensors, cases
 from geco_fast.testing.calls import (
     LEVELS,
     Expected,
@@ -27,6 +26,7 @@ from geco_fast.testing.calls import (
     named_results,
     require_grad,
 )
+from geco_fast.testing.cases import Case, Tensors, cases
 from geco_fast.testing.guards import Guards
 
 
@@ -91,12 +91,19 @@ def expected_gradients(
     return upstream, expect_gradients(case, tensors, upstream)
 
 
+def check_budgets(drawn: dict[str, list], gradient: bool = False) -> None:
+    for name, draws_of_it in drawn.items():
+        budget = Budget(f"gradient to {name}" if gradient else name, gradient)
+        budget.add_draws(draws_of_it)
+        budget.check()
+
+
 BY_NAME = {str(case): case for case in cases()}
 
 
 @ALL
 def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
-    budgets: dict[str, Budget] = {}
+    drawn: dict[str, list] = {}
     for seed in seeds(case, backend):
         guards = Guards()
         arguments = guards.place_all(case.arguments(case.tensors(dtype, seed)))
@@ -107,9 +114,9 @@ def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
             if not result.is_floating_point():
                 assert torch.equal(result, exact[name]), name
                 continue
-            budgets.setdefault(name, Budget(name)).add(result, same[name], exact[name])
-    for budget in budgets.values():
-        budget.check()
+            assert result.shape == exact[name].shape
+            drawn.setdefault(name, []).append((result, same[name], exact[name]))
+    check_budgets(drawn)
 
 
 @ALL
@@ -118,7 +125,7 @@ def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     # Every result at once, then each alone: autograd leaves the others' gradients out.
     used_sets = [tuple(range(count)), *((k,) for k in range(count) if count > 1)]
     for used in used_sets:
-        budgets: dict[str, Budget] = {}
+        drawn: dict[str, list] = {}
         for seed in seeds(case, backend):
             upstream, (exact, same) = expected_gradients(str(case), dtype, seed, used)
             guards = Guards()
@@ -132,10 +139,9 @@ def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
                     continue
                 assert a is not None, f"no gradient to {name}"
                 assert a.dtype == dtype
-                budget = budgets.setdefault(name, Budget(f"gradient to {name}", True))
-                budget.add(a, same[name], e)
-        for budget in budgets.values():
-            budget.check()
+                assert a.shape == e.shape
+                drawn.setdefault(name, []).append((a, same[name], e))
+        check_budgets(drawn, gradient=True)
 
 
 @over(KERNEL_CASES, kernels_only=True)

@@ -80,11 +80,12 @@ void lstm_gates_backward_run(Storage* const* p, std::int64_t count, double forge
         const Vec<T> open_inverse = zero_below(r.o_gate, -kPairedSigmoidBound<T>, inverse);
         const Vec<T> h = open_inverse * t.numerator;
         const Vec<T> o = open_inverse * t.denominator;
-        const Vec<T> d_c_next = d_h * o * t.derivative(inverse * (T(1) + r.e_o)) + d_out;
+        const Vec<T> d_c_next =
+            grad_h.product(d_h * o * t.derivative(inverse * (T(1) + r.e_o))) + d_out;
         store(p[B::kGradI] + j, d_c_next * r.i_times_g * (r.e_i * r.i), n...);
         store(p[B::kGradF] + j, d_c_next * r.f_times_c * (r.e_f * r.f), n...);
         store(p[B::kGradG] + j, d_c_next * r.i * r.g_derivative, n...);
-        store(p[B::kGradO] + j, d_h * h * (r.e_o * o), n...);
+        store(p[B::kGradO] + j, grad_h.product(d_h * h * (r.e_o * o)), n...);
         store(p[B::kGradC] + j, d_c_next * r.f, n...);
       });
 }

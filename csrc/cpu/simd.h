@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -295,6 +296,15 @@ struct OrZeros {
   explicit OrZeros(const Storage* given)
       : data(given ? given : kZeros), mask(given ? ~std::int64_t(0) : 0) {}
   const Storage* operator+(std::int64_t j) const { return data + (j & mask); }
+  // A product with this input, zero where it is absent even if the other factor is NaN.
+  template <class V>
+  V product(V x) const {
+    using T = typename Compute<Storage>::type;
+    using Bits = typename Exp<T>::Bits;
+    const Bits kept =
+        Bits{} + static_cast<std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>>(mask);
+    return bit_cast<V>(bit_cast<Bits>(x) & kept);
+  }
 };
 
 // Walks [begin, end) of the operands' index space in runs along the innermost dimension and calls

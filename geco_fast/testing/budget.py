@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,10 @@ class Budget:
     got: float = 0.0
     allowed_own: float = 0.0
     allowed_unit: float = 0.0
+
+    def add_draws(self, draws: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Take in several draws at once, each as `add` does."""
+        self.add(*(torch.cat([t.flatten() for t in kind]) for kind in zip(*draws, strict=True)))
 
     def add(self, actual: Tensor, same: Tensor, exact: Tensor) -> None:
         """Take in one draw: the result under test, the reference's and the exact one."""

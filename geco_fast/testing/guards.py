@@ -71,7 +71,7 @@ class Guards:
             if torch.equal(buffer, before):
                 continue
             if id(placed) in allowed:
-                start = placed.storage_offset() * placed.element_size()
+                start = int(placed.storage_offset()) * placed.element_size()
                 length = buffer.numel() - start
                 length -= length % placed.element_size()
                 self._view(before, start, length, placed).copy_(placed)
@@ -79,7 +79,7 @@ class Guards:
                     continue
             changed = (buffer != before).nonzero().flatten().tolist()
             raise AssertionError(
-                f"operand {k} of shape {list(placed.shape)} and strides {list(placed.stride())}, at "
-                f"byte {placed.storage_offset() * placed.element_size()} of its guard region: "
-                f"bytes {changed[:8]} of it were written to"
+                f"operand {k} of shape {list(placed.shape)} and strides {list(placed.stride())}: "
+                f"bytes {changed[:8]} of its guard region were written to (the operand itself "
+                f"starts at {placed.storage_offset() * placed.element_size()})"
             )
