@@ -18,7 +18,9 @@ LIBRARY = torch.library.Library("geco_fast", "DEF")
 # Operator -> backend -> dtypes its kernels take.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "geco_update": {"cpu": FLOATING},
+    "lncc": {"cpu": FLOATING},
     "lstm_gates": {"cpu": FLOATING},
+    "pncc": {"cpu": FLOATING},
 }
 
 LIBRARY.define(
@@ -59,3 +61,85 @@ def _(
     grad_c_next: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gates), torch.empty_like(c)
+
+
+# A gradient that isn't wanted comes back as an empty tensor.
+LIBRARY.define(
+    "pncc(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, float eps, "
+    "str reduction) -> Tensor"
+)
+LIBRARY.define(
+    "pncc_backward(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, float eps, "
+    "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "lncc(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, str reduction) "
+    "-> Tensor"
+)
+LIBRARY.define(
+    "lncc_backward(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, "
+    "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("geco_fast::pncc", lib=LIBRARY)
+def _(
+    x: Tensor,
+    y: Tensor,
+    patch_size: list[int],
+    stride: list[int],
+    channels: str,
+    eps: float,
+    reduction: str,
+) -> Tensor:
+    size, step = (
+        given * (x.dim() - 2) if len(given) == 1 else given for given in (patch_size, stride)
+    )
+    return reference.pncc(x, y, size, stride=step, channels=channels, eps=eps, reduction=reduction)
+
+
+@torch.library.register_fake("geco_fast::lncc", lib=LIBRARY)
+def _(
+    x: Tensor, y: Tensor, kernel_size: int, smooth_nr: float, smooth_dr: float, reduction: str
+) -> Tensor:
+    return reference.lncc(
+        x, y, kernel_size, smooth_nr=smooth_nr, smooth_dr=smooth_dr, reduction=reduction
+    )
+
+
+def _wanted_gradients(x: Tensor, y: Tensor, wants_x: bool, wants_y: bool) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if wants_x else x.new_empty(0),
+        torch.empty_like(y) if wants_y else y.new_empty(0),
+    )
+
+
+@torch.library.register_fake("geco_fast::pncc_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    y: Tensor,
+    patch_size: list[int],
+    stride: list[int],
+    channels: str,
+    eps: float,
+    reduction: str,
+    grad: Tensor,
+    wants_x: bool,
+    wants_y: bool,
+) -> tuple[Tensor, Tensor]:
+    return _wanted_gradients(x, y, wants_x, wants_y)
+
+
+@torch.library.register_fake("geco_fast::lncc_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: int,
+    smooth_nr: float,
+    smooth_dr: float,
+    reduction: str,
+    grad: Tensor,
+    wants_x: bool,
+    wants_y: bool,
+) -> tuple[Tensor, Tensor]:
+    return _wanted_gradients(x, y, wants_x, wants_y)

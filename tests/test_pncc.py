@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from geco_fast.ops import pncc
+from geco_fast._backend import LIBRARY
+from geco_fast.ops import lncc, pncc
 
 
 def images(*shape, seed=0, dtype=torch.float64):
@@ -146,3 +147,45 @@ def test_wrong_arguments_are_named(shape, options, error, message):
     x = torch.ones(shape)
     with pytest.raises(error, match=message):
         pncc(x, x, **options)
+
+
+LEVELS = tuple(LIBRARY.instruction_sets()) if LIBRARY is not None else ()
+KERNELS = [f"cpu-{level}" for level in LEVELS]
+CALLS = {
+    "joint": (lambda x, y, **options: pncc(x, y, 4, **options)),
+    "separate": (lambda x, y, **options: pncc(x, y, (3, 4), channels="separate", **options)),
+    "gaps": (lambda x, y, **options: pncc(x, y, 2, stride=(3, 5), **options)),
+    "sum": (lambda x, y, **options: pncc(x, y, 4, reduction="sum", **options)),
+    "squared": (lambda x, y, **options: lncc(x, y, 5, **options)),
+}
+
+
+def with_gradients(call, x, y, **options):
+    x, y = (image.detach().requires_grad_() for image in (x, y))
+    result = call(x, y, **options)
+    upstream = torch.linspace(0.5, 2, result.numel(), dtype=result.dtype).view_as(result)
+    return result, *torch.autograd.grad(result, (x, y), upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_what_is_not_finite_stays_where_the_reference_has_it(backend, call, dtype):
+    for image in range(2):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for place in ((0, 0, 0), (1, 0, 5), (1, 4, 6), (0, 10, 12)):
+                made = images(2, 2, 11, 13, dtype=dtype)
+                made[image, 1][place] = value
+                wanted = with_gradients(call, *made, backend="reference")
+                got = with_gradients(call, *made, backend=backend)
+                for g, w in zip(got, wanted, strict=True):
+                    assert torch.equal(g.isfinite(), w.isfinite())
+                    finite = w.isfinite()
+                    torch.testing.assert_close(g[finite], w[finite], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_an_image_without_finite_values(backend):
+    x, y = images(1, 1, 6, 7)
+    x[:] = torch.nan
+    assert all(result.isnan().all() for result in with_gradients(CALLS["joint"], x, y))

@@ -14,19 +14,19 @@ namespace {
 
 // As many float64 lanes as a vector of T has.
 template <class T>
-struct WideOf {
+struct DoublesOf {
   using type = VecF64;
 };
 template <>
-struct WideOf<float> {
+struct DoublesOf<float> {
   using type = double __attribute__((vector_size(2 * kVectorBytes)));
 };
 
 // Adds up rows of any length, in pieces that are whole vectors but for the last.
 template <class Storage>
-struct Sum {
+struct BatchSum {
   using T = typename Compute<Storage>::type;
-  using Wide = typename WideOf<T>::type;
+  using Wide = typename DoublesOf<T>::type;
   Wide partial{};
 
   void add(const Storage* values, std::int64_t count) {
@@ -44,7 +44,7 @@ struct Sum {
 
 template <class Storage>
 double sum_of_row(const Storage* row, std::int64_t count, std::int64_t stride) {
-  Sum<Storage> sum;
+  BatchSum<Storage> sum;
   if (stride == 1) {
     sum.add(row, count);
     return sum.total();

@@ -6,6 +6,7 @@
 
 #include "include/geco_update.h"
 #include "include/lstm_gates.h"
+#include "include/pncc.h"
 
 namespace geco::cpu {
 
@@ -13,6 +14,13 @@ struct Kernels {
   void (*geco_update_step)(const geco_update::Params&);
   void (*lstm_gates_forward)(const lstm_gates::Forward&, std::int64_t begin, std::int64_t end);
   void (*lstm_gates_backward)(const lstm_gates::Backward&, std::int64_t begin, std::int64_t end);
+  // Scratch memory is the caller's, of as many doubles as are asked for.
+  std::int64_t (*pncc_forward_scratch)(const pncc::Forward&);
+  std::int64_t (*pncc_backward_scratch)(const pncc::Backward&);
+  void (*pncc_forward)(const pncc::Forward&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*pncc_backward)(const pncc::Backward&, std::int64_t begin, std::int64_t end,
+                        double* scratch);
+  void (*pncc_finish)(const pncc::Forward&);
 };
 
 struct Level {

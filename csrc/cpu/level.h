@@ -5,6 +5,7 @@
 #include "cpu/geco_update.h"
 #include "cpu/kernels.h"
 #include "cpu/lstm_gates.h"
+#include "cpu/pncc.h"
 
 namespace geco::cpu {
 namespace {
@@ -13,6 +14,11 @@ constexpr Kernels kKernels = {
     .geco_update_step = geco_update_step,
     .lstm_gates_forward = lstm_gates_forward,
     .lstm_gates_backward = lstm_gates_backward,
+    .pncc_forward_scratch = pncc_forward_scratch,
+    .pncc_backward_scratch = pncc_backward_scratch,
+    .pncc_forward = pncc_forward,
+    .pncc_backward = pncc_backward,
+    .pncc_finish = pncc_finish,
 };
 
 }  // namespace

@@ -7,7 +7,7 @@ from geco_fast.ops.equilibrium_map import equilibrium_map
 from geco_fast.ops.gaussian_latent import gaussian_latent
 from geco_fast.ops.geco_update import geco_update
 from geco_fast.ops.lstm_gates import lstm_gates
-from geco_fast.ops.pncc import pncc
+from geco_fast.ops.pncc import lncc, pncc
 from geco_fast.ops.squared_error import squared_error
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "equilibrium_map",
     "gaussian_latent",
     "geco_update",
+    "lncc",
     "lstm_gates",
     "pncc",
     "prepare_weight",

@@ -3,13 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from geco_fast import reference
+from geco_fast._autograd import (
+    below_autograd,
+    differentiable,
+    reference_gradients,
+    wants_graph,
+)
 from geco_fast._backend import select
-from geco_fast._checks import check_choice, check_positive, check_rank
+from geco_fast._checks import check_choice, check_positive, check_rank, describe
 from geco_fast.ops._operands import per_dimension, same_shape_operands
+
+_REDUCTIONS = ("none", "sum", "mean")
+_pncc_forward = torch.ops.geco_fast.pncc.default
+_pncc_backward = torch.ops.geco_fast.pncc_backward.default
+_lncc_forward = torch.ops.geco_fast.lncc.default
+_lncc_backward = torch.ops.geco_fast.lncc_backward.default
+
+
+def _reference_pncc(
+    x: Tensor,
+    y: Tensor,
+    size: Sequence[int],
+    step: Sequence[int],
+    channels: str,
+    eps: float,
+    reduction: str,
+) -> Tensor:
+    return reference.pncc(x, y, size, stride=step, channels=channels, eps=eps, reduction=reduction)
+
+
+def _reference_lncc(
+    x: Tensor, y: Tensor, size: int, smooth_nr: float, smooth_dr: float, reduction: str
+) -> Tensor:
+    return reference.lncc(x, y, size, smooth_nr=smooth_nr, smooth_dr=smooth_dr, reduction=reduction)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, y, *options = inputs
+    ctx.options = tuple(options)
+    ctx.save_for_backward(x, y)
+
+
+def _differentiate(ctx: Any, grad: Tensor, operator: Any, definition: Any) -> tuple[Any, ...]:
+    x, y = ctx.saved_tensors
+    rest = (None,) * len(ctx.options)
+    if wants_graph():
+        return *reference_gradients(
+            lambda x, y: (definition(x, y, *ctx.options),), (x, y), (grad,)
+        ), *rest
+    wants_x, wants_y = ctx.needs_input_grad[:2]
+    grad_x, grad_y = operator(x, y, *ctx.options, grad, wants_x, wants_y)
+    return grad_x if wants_x else None, grad_y if wants_y else None, *rest
+
+
+class _PNCC(torch.autograd.Function):
+    """Saves only the images: backward recomputes the patches' statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _remember(ctx, inputs)
+        with below_autograd():
+            return _pncc_forward(*inputs)
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _differentiate(ctx, grad, _pncc_backward, _reference_pncc)
+
+
+class _LNCC(torch.autograd.Function):
+    """As `_PNCC`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _remember(ctx, inputs)
+        with below_autograd():
+            return _lncc_forward(*inputs)
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _differentiate(ctx, grad, _lncc_backward, _reference_lncc)
+
+
+_pncc = differentiable("pncc", _PNCC)
+_lncc = differentiable("lncc", _LNCC)
 
 
 def check_patches(
@@ -25,6 +115,14 @@ def check_patches(
                 f"got {patch_size!r}"
             )
     return size, step
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Raise unless a window's side is a positive odd integer."""
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, (int, torch.SymInt)):
+        raise TypeError(f"kernel_size must be an int, got {describe(kernel_size)}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and >= 1, got {kernel_size!r}")
 
 
 def pncc(
@@ -91,10 +189,83 @@ def pncc(
     tensor([1.])
     """
     check_choice("channels", channels, ("joint", "separate"))
-    check_choice("reduction", reduction, ("none", "sum", "mean"))
+    check_choice("reduction", reduction, _REDUCTIONS)
     check_positive("eps", eps)
     x, y = same_shape_operands(x=x, y=y)
     check_rank("x", x, (3, 4, 5), "[B, C, *S] with 1 to 3 spatial dimensions")
     size, step = check_patches(x, patch_size, stride)
-    select("pncc", x, backend)
-    return reference.pncc(x, y, size, stride=step, channels=channels, eps=eps, reduction=reduction)
+    if select("pncc", x, backend) == "reference":
+        return _reference_pncc(x, y, size, step, channels, eps, reduction)
+    return _pncc(x, y, size, step, channels, eps, reduction)  # type: ignore[return-value]
+
+
+def lncc(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: int = 3,
+    *,
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    reduction: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Correlate two images window by window, squared, as losses of image registration do.
+
+    .. math:: s_i = \frac{((x_i - \bar x_i)^\top (y_i - \bar y_i))^2 + a}
+        {\max(\| x_i - \bar x_i \|^2, b) \, \max(\| y_i - \bar y_i \|^2, b)}
+
+    with :math:`x_i` the window around pixel i of one channel, of the image with zeros around it.
+    These zeros are data: they count in means and norms. a is `smooth_nr` and b is `smooth_dr`.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Images ``[B, C, *S]`` with 1 to 3 spatial dimensions, of the same shape, dtype and device;
+        float32, float64, bfloat16 or float16, any strides.
+    kernel_size : int
+        Odd, for all spatial dimensions.
+    smooth_nr, smooth_dr : float
+        Added to the numerator, and the least sum of squares in the denominator, not negative.
+    reduction : {"none", "sum", "mean"}
+        The scores themselves, or their sum or mean over all windows and channels of a batch
+        element.
+    backend : {"auto", "reference", "cpu", "cuda", "triton"}
+        Which implementation serves the call.
+
+    Returns
+    -------
+    Tensor
+        "none": scores ``[B, C, *S]``, in [0, 1] but for `smooth_nr`, in the dtype of the operands
+        (float32 under autocast). "sum", "mean": ``[B]``, float32 for 16-bit operands.
+
+    Raises
+    ------
+    ValueError
+        If a rank, shape, device or option is wrong, or `kernel_size` is even.
+    TypeError
+        If a dtype is not supported, the dtypes differ, or an option is not a number.
+    BackendUnavailable
+        If an explicitly chosen backend can't serve the call.
+
+    Notes
+    -----
+    The score is that of MONAI's ``LocalNormalizedCrossCorrelationLoss`` with its rectangular
+    kernel, and of VoxelMorph (Balakrishnan et al., 2019, equation 10) before it.
+
+    Examples
+    --------
+    >>> import torch, geco_fast as gf
+    >>> x = torch.randn(1, 3, 16, 16)
+    >>> gf.ops.lncc(x, x, 5, reduction="mean").round(decimals=3)
+    tensor([1.])
+    """
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_positive("smooth_nr", smooth_nr, zero=True)
+    check_positive("smooth_dr", smooth_dr, zero=True)
+    check_kernel_size(kernel_size)
+    x, y = same_shape_operands(x=x, y=y)
+    check_rank("x", x, (3, 4, 5), "[B, C, *S] with 1 to 3 spatial dimensions")
+    arguments = (x, y, kernel_size, smooth_nr, smooth_dr, reduction)
+    if select("lncc", x, backend) == "reference":
+        return _reference_lncc(*arguments)
+    return _lncc(*arguments)  # type: ignore[return-value]

@@ -7,7 +7,7 @@ from geco_fast.reference.equilibrium_map import equilibrium_map
 from geco_fast.reference.gaussian_latent import gaussian_latent
 from geco_fast.reference.geco_update import geco_update
 from geco_fast.reference.lstm_gates import lstm_gates
-from geco_fast.reference.pncc import pncc
+from geco_fast.reference.pncc import lncc, pncc
 from geco_fast.reference.squared_error import squared_error
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "equilibrium_map",
     "gaussian_latent",
     "geco_update",
+    "lncc",
     "lstm_gates",
     "pncc",
     "squared_error",

@@ -339,11 +339,76 @@ COUPLING_MLP = [
 ]
 
 
-def _pncc(
-    name: str, *shape: int, layout: str = "contiguous", tags: Any = (), **options: Any
-) -> Case:
-    return Case("pncc", name, _alike("x y", *shape), options, layout, tags=frozenset(tags))
+def _images(operator: str) -> Callable[..., Case]:
+    """Maker of an operator's cases on two images."""
 
+    def case(
+        name: str,
+        *shape: int,
+        layout: str | Mapping[str, str] = "contiguous",
+        tags: Any = (),
+        prepare: Callable[[Tensors], Tensors] | None = None,
+        scale: float = 1.0,
+        differentiable: tuple[str, ...] | None = None,
+        **options: Any,
+    ) -> Case:
+        return Case(
+            operator,
+            name,
+            _alike("x y", *shape),
+            options,
+            layout,
+            scale,
+            prepare=prepare,
+            differentiable=differentiable,
+            tags=frozenset(tags),
+        )
+
+    return case
+
+
+def _flat(tensors: Tensors) -> Tensors:
+    """An image that is flat but for its last corner, against one that isn't."""
+    x = torch.ones_like(tensors["x"])
+    x[..., -1] += 0.5
+    return {"x": x, "y": tensors["y"]}
+
+
+def _offset(tensors: Tensors) -> Tensors:
+    return {name: tensor + 1e4 for name, tensor in tensors.items()}
+
+
+def _zero(tensors: Tensors) -> Tensors:
+    return {"x": torch.zeros_like(tensors["x"]), "y": tensors["y"]}
+
+
+def _anti_correlated(tensors: Tensors) -> Tensors:
+    return {"x": tensors["x"], "y": 1 - 3 * tensors["x"]}
+
+
+def _dark_and_bright(tensors: Tensors) -> Tensors:
+    """Faint texture in the dark, and as faint a one beside it at full brightness."""
+    x, y = (0.01 * tensor for tensor in tensors.values())
+    half = x.shape[-1] // 2
+    return {"x": _step(x, half, 255.0), "y": _step(y, half, 255.0)}
+
+
+def _step(image: Tensor, column: int, height: float) -> Tensor:
+    image[..., column:] = height + image[..., column:].mul(100).round() / 64
+    return image
+
+
+# What happens in images, for every way to correlate them.
+_IMAGE_CONTENTS = {
+    "flat": _flat,
+    "offset": _offset,
+    "zero": _zero,
+    "anti-correlated": _anti_correlated,
+    "dark-and-bright": _dark_and_bright,
+}
+
+_pncc = _images("pncc")
+_lncc = _images("lncc")
 
 PNCC = [
     _pncc("line", 2, 2, 6, patch_size=3, tags=SMALL),
@@ -360,9 +425,40 @@ PNCC = [
     ),
     _pncc("default-patch", 2, 3, 12, 11),
     _pncc("whole-image", 2, 3, 7, 5, patch_size=(7, 5)),
+    _pncc("one-pixel", 2, 3, 4, 5, patch_size=1),
+    _pncc("one-pixel-separate", 2, 3, 4, 5, patch_size=1, channels="separate"),
     _pncc("strides", 2, 3, 12, 11, patch_size=5, stride=(4, 3)),
+    _pncc("gaps", 2, 2, 13, 17, patch_size=(2, 3), stride=(3, 5)),
+    _pncc("gaps-line", 1, 1, 40, patch_size=2, stride=7),
+    _pncc("gaps-volume", 2, 2, 7, 6, 9, patch_size=(2, 1, 2), stride=(3, 2, 4)),
+    _pncc("volume", 2, 3, 6, 7, 9, patch_size=(3, 2, 4)),
+    _pncc("volume-strides", 1, 2, 7, 8, 9, patch_size=(3, 4, 5), stride=(2, 3, 1)),
+    _pncc("volume-separate", 2, 2, 5, 4, 6, patch_size=(1, 3, 2), channels="separate"),
+    _pncc("long-line", 1, 1, 700, patch_size=7),
+    _pncc("wide", 1, 2, 6, 300, patch_size=(3, 40)),
+    _pncc("tall", 1, 2, 300, 6, patch_size=(20, 3)),
+    _pncc("tall-strides", 1, 1, 300, 9, patch_size=(20, 3), stride=(3, 2)),
+    _pncc("many-channels", 2, 9, 6, 7, patch_size=3),
     _pncc("no-batch", 0, 3, 8, 8, patch_size=3),
     _pncc("no-channels", 2, 0, 8, 8, patch_size=3),
+    _pncc("no-channels-separate", 2, 0, 8, 8, patch_size=3, channels="separate"),
+    _pncc("large-values", 2, 2, 9, 8, patch_size=3, scale=1e4),
+    _pncc("tiny-values", 2, 2, 9, 8, patch_size=3, scale=1e-4),
+    *(
+        _pncc(f"gradient-to-{name}", 2, 2, 9, 8, patch_size=3, differentiable=(name,))
+        for name in ("x", "y")
+    ),
+    *(
+        _pncc(f"{reduction}-{channels}", 3, 2, 9, 8, patch_size=4, **options)
+        for reduction in ("sum", "mean")
+        for channels in ("joint", "separate")
+        for options in ({"reduction": reduction, "channels": channels},)
+    ),
+    *(
+        _pncc(f"{name}-{channels}", 2, 2, 14, 13, patch_size=4, channels=channels, prepare=prepare)
+        for name, prepare in _IMAGE_CONTENTS.items()
+        for channels in ("joint", "separate")
+    ),
     *(
         _pncc(layout, 2, 3, 9, 8, patch_size=(4, 3), channels=channels, layout=layout)
         for layout, channels in (
@@ -373,6 +469,54 @@ PNCC = [
             ("expanded", "joint"),
         )
     ),
+    _pncc(
+        "mixed-layouts",
+        *(2, 3, 9, 8),
+        patch_size=3,
+        layout={"x": "channels_last", "y": "expanded"},
+    ),
+    _pncc("8x8-16x3x64x64", 16, 3, 64, 64, tags=BENCH),
+    _pncc("8x8-16x3x64x64-separate", 16, 3, 64, 64, channels="separate", tags=BENCH),
+    _pncc("8x8-32x1x28x28", 32, 1, 28, 28, tags=BENCH),
+    _pncc("8x8-1x1x28x28", 1, 1, 28, 28, tags=BENCH),
+    _pncc("3x3-1x1x128x128", 1, 1, 128, 128, patch_size=3, tags=BENCH),
+    _pncc("33x33-1x1x128x128", 1, 1, 128, 128, patch_size=33, tags=BENCH),
+    _pncc("7x7x7-1x1x32x32x32", 1, 1, 32, 32, 32, patch_size=7, tags=BENCH),
+]
+
+LNCC = [
+    _lncc("line", 2, 1, 5, tags=SMALL),
+    _lncc("image", 1, 2, 4, 3, smooth_nr=0.1, reduction="mean", tags=SMALL),
+    _lncc("volume", 1, 1, 2, 3, 2, smooth_dr=0.1, reduction="sum", tags=SMALL),
+    _lncc("one", 1, 1, 1, 1, smooth_nr=0.1),
+    _lncc("one-pixel", 2, 2, 4, 5, kernel_size=1, smooth_nr=0.1),
+    _lncc("default", 2, 3, 9, 8),
+    _lncc("wider-than-image", 2, 2, 3, 4, kernel_size=11),
+    _lncc("nine", 2, 3, 14, 12, kernel_size=9),
+    _lncc("deep", 1, 2, 6, 7, 5, kernel_size=5),
+    _lncc("wide", 1, 1, 5, 300, kernel_size=5),
+    _lncc("tall", 1, 1, 300, 5, kernel_size=5),
+    _lncc("no-batch", 0, 3, 8, 8),
+    _lncc("no-channels", 2, 0, 8, 8, reduction="sum"),
+    _lncc("no-pixels", 2, 3, 0, 8),
+    *(
+        _lncc(f"{reduction}-reduction", 3, 2, 9, 8, kernel_size=5, reduction=reduction)
+        for reduction in ("sum", "mean")
+    ),
+    *(
+        _lncc(name, 2, 2, 14, 13, kernel_size=5, prepare=prepare)
+        for name, prepare in _IMAGE_CONTENTS.items()
+    ),
+    *(
+        _lncc(layout, 2, 3, 9, 8, kernel_size=5, layout=layout)
+        for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+    ),
+    *(
+        _lncc(f"gradient-to-{name}", 2, 2, 9, 8, kernel_size=5, differentiable=(name,))
+        for name in ("x", "y")
+    ),
+    _lncc("9x9-16x3x64x64", 16, 3, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
+    _lncc("9x9-32x1x64x64", 32, 1, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
 ]
 
 
@@ -522,6 +666,7 @@ CASES: list[Case] = [
     *EQUILIBRIUM_MAP,
     *GAUSSIAN_LATENT,
     *GECO_UPDATE,
+    *LNCC,
     *LSTM_GATES,
     *PNCC,
     *SQUARED_ERROR,

@@ -1,0 +1,58 @@
+// Normalised cross-correlation of every patch of two images [B, C, *S]. With sums over the N values
+// of a patch and their means xm, ym:
+//   cov = sum (x - xm)(y - ym)     vx = sum (x - xm)^2     vy = sum (y - ym)^2
+//   plain:   score = cov / sqrt((vx + eps)(vy + eps)), brought back to [-1, 1]
+//   squared: score = (cov^2 + smooth) / (max(vx, eps) max(vy, eps))
+// Images of one or two dimensions have leading dimensions of size 1.
+#pragma once
+
+#include <cstdint>
+
+#include "include/numeric.h"
+
+namespace geco::pncc {
+
+constexpr int kDims = 3;
+
+struct Problem {
+  DType dtype;
+  bool squared;
+  bool reduced;  // scores are summed over the patches of a batch element
+  double scale;  // on that sum: 1, or for means 1 / number of patches
+  double eps, smooth;
+  // A patch spans the `channels` channels of a group.
+  std::int64_t batch, groups, channels;
+  std::int64_t size[kDims], patch[kDims], stride[kDims];
+  std::int64_t pad[kDims];    // zeros on either side, which are data
+  std::int64_t count[kDims];  // patches
+  // A task is one tile of one group of one batch element: of scores forward, of pixels backward.
+  std::int64_t tile[kDims], tiles[kDims];
+  const void* image[2];                     // x, y
+  std::int64_t image_stride[2][2 + kDims];  // batch, channel, space
+  std::int64_t score_stride[3 + kDims];     // batch, group, space; of scores or their gradient
+
+  std::int64_t tiles_per_group() const { return tiles[0] * tiles[1] * tiles[2]; }
+  std::int64_t tasks() const { return batch * groups * tiles_per_group(); }
+};
+
+// Scores, or the sums of every task, which `finish` adds up in their order.
+struct Forward : Problem {
+  void* scores;
+  double* partial;  // [tasks]
+  void* sums;       // [batch], float32 or wider
+};
+
+// From a patch's statistics, with g the gradient of its score:
+//   plain:    A = g / (nx ny)            Bx = g score / nx^2    By = g score / ny^2
+//   squared:  A = 2 g cov / (vx vy)      Bx = 2 g score / vx    By = 2 g score / vy, where vx > eps
+//   grad_x = sum A (y - ym) - Bx (x - xm)     grad_y = sum A (x - xm) - By (y - ym)
+// over the patches that hold a pixel. grad of `target` is always wanted, that of the other if it
+// has data.
+struct Backward : Problem {
+  const void* grad;
+  int target;
+  void* grad_image[2];
+  std::int64_t grad_image_stride[2][2 + kDims];
+};
+
+}  // namespace geco::pncc

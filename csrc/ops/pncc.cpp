@@ -1,0 +1,267 @@
+#include "ops/pncc.h"
+
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "cpu/kernels.h"
+#include "include/pncc.h"
+
+namespace geco {
+
+namespace {
+
+using pncc::Backward;
+using pncc::Forward;
+using pncc::kDims;
+using pncc::Problem;
+using torch::headeronly::ScalarType;
+
+struct Free {
+  void operator()(double* memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<double, Free>;
+
+Scratch scratch_of(std::int64_t doubles) {
+  constexpr std::size_t kAlign = 64;
+  const std::size_t bytes = (std::size_t(doubles) * sizeof(double) + kAlign) / kAlign * kAlign;
+  double* const memory = static_cast<double*>(std::aligned_alloc(kAlign, bytes));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Scratch(memory);
+}
+
+// Equal parts of at most `most`, all but the last whole vectors of any instruction set.
+std::int64_t part(std::int64_t total, std::int64_t most, std::int64_t multiple) {
+  const std::int64_t parts = std::max<std::int64_t>(1, (total + most - 1) / most);
+  return std::max<std::int64_t>(1, ((total + parts - 1) / parts + multiple - 1) / multiple) *
+         multiple;
+}
+
+// Tiles depend on the sizes alone, so that results don't depend on the number of threads. Where a
+// tile ends, the rows and columns of patches that cross the border are computed twice; the sums of
+// a tile's last patch-height rows are held, and in three dimensions those of its last planes.
+void cut(Problem* p, const std::int64_t (&total)[kDims], std::int64_t rows_held) {
+  constexpr std::int64_t kHeld = 1 << 17;  // doubles in the planes held
+  const auto most = [](std::int64_t patch, std::int64_t low, std::int64_t high) {
+    return std::min(std::max(patch, low), high);
+  };
+  p->tile[2] = part(total[2], most(2 * p->patch[2], 128, 512), 8);
+  p->tile[1] = part(total[1], std::max<std::int64_t>(128, 4 * p->patch[1]), 1);
+  p->tile[0] = part(total[0], std::max<std::int64_t>(64, 8 * p->patch[0]), 1);
+  if (p->patch[0] > 1) {
+    const std::int64_t fitting = kHeld / (rows_held * p->patch[0] * p->tile[2]);
+    p->tile[1] = std::min(p->tile[1], part(total[1], std::max(2 * p->patch[1], fitting), 1));
+  }
+  for (int d = 0; d < kDims; ++d) p->tiles[d] = (total[d] + p->tile[d] - 1) / p->tile[d];
+}
+
+void describe_image(const Tensor& tensor, std::int64_t (&stride)[2 + kDims]) {
+  const int missing = kDims + 2 - int(tensor.dim());
+  for (int d = 0; d < 2 + kDims; ++d) stride[d] = 0;
+  stride[0] = tensor.stride(0);
+  stride[1] = tensor.stride(1);
+  for (int d = 2; d < tensor.dim(); ++d) stride[d + missing] = tensor.stride(d);
+}
+
+struct Options {
+  std::vector<std::int64_t> patch, stride, pad;
+  bool squared, joint;
+  double eps, smooth;
+  const std::string& reduction;
+};
+
+std::vector<std::int64_t> for_each_dimension(const std::vector<std::int64_t>& given,
+                                             const Tensor& image) {
+  const std::size_t dims = std::size_t(image.dim() - 2);
+  return given.size() == 1 ? std::vector<std::int64_t>(dims, given[0]) : given;
+}
+
+Problem problem_of(const Tensor& x, const Tensor& y, const Options& options) {
+  STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 2 + kDims && same_sizes(x, y),
+                  "pncc: images must be [B, C, *S] with 1 to 3 spatial dimensions, alike");
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "pncc: dtypes differ");
+  const std::size_t dims = std::size_t(x.dim() - 2);
+  STD_TORCH_CHECK(options.patch.size() == dims && options.stride.size() == dims,
+                  "pncc: one patch size and one stride for every dimension");
+  Problem p{};
+  p.dtype = dtype_of(x);
+  p.squared = options.squared;
+  p.reduced = options.reduction != "none";
+  p.eps = options.eps;
+  p.smooth = options.smooth;
+  p.batch = x.size(0);
+  p.groups = options.joint ? 1 : x.size(1);
+  p.channels = options.joint ? x.size(1) : 1;
+  const int missing = kDims - int(dims);
+  double patches = double(p.groups);
+  for (int d = 0; d < kDims; ++d) {
+    const bool given = d >= missing;
+    p.size[d] = given ? x.size(2 + d - missing) : 1;
+    p.patch[d] = given ? options.patch[std::size_t(d - missing)] : 1;
+    p.stride[d] = given ? options.stride[std::size_t(d - missing)] : 1;
+    p.pad[d] = given ? options.pad[std::size_t(d - missing)] : 0;
+    const std::int64_t room = p.size[d] + 2 * p.pad[d] - p.patch[d];
+    STD_TORCH_CHECK(p.patch[d] >= 1 && p.stride[d] >= 1 && (room >= 0 || p.size[d] == 0),
+                    "pncc: a patch does not fit into dimension ", d - missing);
+    p.count[d] = p.size[d] == 0 ? 0 : room / p.stride[d] + 1;
+    // One patch has no other beside it: a stride past the image stays within 64 bits.
+    if (p.count[d] <= 1) p.stride[d] = p.patch[d];
+    patches *= double(p.count[d]);
+  }
+  p.scale = options.reduction == "mean" ? 1 / patches : 1;
+  p.image[0] = x.const_data_ptr();
+  p.image[1] = y.const_data_ptr();
+  describe_image(x, p.image_stride[0]);
+  describe_image(y, p.image_stride[1]);
+  return p;
+}
+
+ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Runs a kernel over all tasks on torch's threads, each with scratch memory of its own.
+template <class Params, class Kernel, class Measure>
+void run(const Params& params, std::int64_t values, Kernel kernel, Measure measure) {
+  constexpr std::int64_t kGrain = 4096;  // values that pay for a thread's start
+  const std::int64_t tasks = params.tasks();
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrain * tasks / values);
+  const std::int64_t doubles = measure(params);
+  torch::stable::parallel_for(0, tasks, grain, [&](std::int64_t begin, std::int64_t end) {
+    const Scratch scratch = scratch_of(doubles);
+    kernel(params, begin, end, scratch.get());
+  });
+}
+
+// The shape of the scores, [B, *S'] or [B, C, *S'].
+std::vector<std::int64_t> score_sizes(const Problem& p, const Tensor& x, bool joint) {
+  std::vector<std::int64_t> sizes{p.batch};
+  if (!joint) sizes.push_back(p.groups);
+  for (std::int64_t d = 2 + kDims - x.dim(); d < kDims; ++d) sizes.push_back(p.count[d]);
+  return sizes;
+}
+
+Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
+  const Problem problem = problem_of(x, y, options);
+  Forward params{problem};
+  Tensor result = params.reduced
+                      ? torch::stable::new_empty(x, {params.batch}, sum_type(x))
+                      : torch::stable::new_empty(x, score_sizes(problem, x, options.joint));
+  if (x.numel() == 0) {
+    // No values correlate to zero; the mean over no patches is not a number.
+    const bool mean = options.reduction == "mean" && problem.scale > 1;
+    return torch::stable::fill_(result, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
+  }
+  cut(&params, params.count, 5);
+  const Tensor partial =
+      torch::stable::new_empty(x, {params.reduced ? params.tasks() : 0}, ScalarType::Double);
+  if (params.reduced) {
+    params.partial = static_cast<double*>(partial.mutable_data_ptr());
+    params.sums = result.mutable_data_ptr();
+  } else {
+    params.scores = result.mutable_data_ptr();
+    std::int64_t step = 1;
+    for (int d = kDims - 1; d >= 0; --d) {
+      params.score_stride[2 + d] = step;
+      step *= params.count[d];
+    }
+    params.score_stride[1] = step;
+    params.score_stride[0] = step * params.groups;
+  }
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  run(params, x.numel(), kernels.pncc_forward, kernels.pncc_forward_scratch);
+  if (params.reduced) kernels.pncc_finish(params);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Options& options,
+                                    const Tensor& grad, bool wants_x, bool wants_y) {
+  Backward params{problem_of(x, y, options)};
+  const auto gradient = [](const Tensor& image, bool wanted) {
+    return wanted ? torch::stable::empty_like(image) : torch::stable::new_empty(image, {0});
+  };
+  Tensor grad_x = gradient(x, wants_x), grad_y = gradient(y, wants_y);
+  if (x.numel() == 0 || !(wants_x || wants_y)) return {grad_x, grad_y};
+
+  const std::vector<std::int64_t> sizes = score_sizes(params, x, options.joint);
+  bool fits = grad.dim() == (params.reduced ? 1 : std::int64_t(sizes.size()));
+  for (std::int64_t d = 0; fits && d < grad.dim(); ++d) fits = grad.size(d) == sizes[d];
+  STD_TORCH_CHECK(fits && grad.scalar_type() == (params.reduced ? sum_type(x) : x.scalar_type()),
+                  "pncc: the gradient must have the shape and dtype of the result");
+  params.grad = grad.const_data_ptr();
+  params.score_stride[0] = grad.stride(0);
+  if (!params.reduced) {
+    const std::int64_t first = options.joint ? 1 : 2;
+    if (!options.joint) params.score_stride[1] = grad.stride(1);
+    for (std::int64_t d = first; d < grad.dim(); ++d)
+      params.score_stride[2 + kDims - (grad.dim() - first) + (d - first)] = grad.stride(d);
+  }
+  params.target = wants_y ? 1 : 0;
+  if (wants_x) params.grad_image[0] = grad_x.mutable_data_ptr();
+  if (wants_y) params.grad_image[1] = grad_y.mutable_data_ptr();
+  if (wants_x) describe_image(grad_x, params.grad_image_stride[0]);
+  if (wants_y) describe_image(grad_y, params.grad_image_stride[1]);
+  cut(&params, params.size, 10);
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
+  return {grad_x, grad_y};
+}
+
+Options patch_options(const Tensor& x, const std::vector<std::int64_t>& patch_size,
+                      const std::vector<std::int64_t>& stride, const std::string& channels,
+                      double eps, const std::string& reduction) {
+  return {for_each_dimension(patch_size, x),
+          for_each_dimension(stride, x),
+          for_each_dimension({0}, x),
+          false,
+          channels == "joint",
+          eps,
+          0.0,
+          reduction};
+}
+
+Options window_options(const Tensor& x, std::int64_t kernel_size, double smooth_nr,
+                       double smooth_dr, const std::string& reduction) {
+  return {for_each_dimension({kernel_size}, x),
+          for_each_dimension({1}, x),
+          for_each_dimension({kernel_size / 2}, x),
+          true,
+          false,
+          smooth_dr,
+          smooth_nr,
+          reduction};
+}
+
+}  // namespace
+
+Tensor pncc_cpu(const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
+                const std::vector<std::int64_t>& stride, const std::string& channels, double eps,
+                const std::string& reduction) {
+  return forward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction));
+}
+
+std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
+                                             const std::vector<std::int64_t>& patch_size,
+                                             const std::vector<std::int64_t>& stride,
+                                             const std::string& channels, double eps,
+                                             const std::string& reduction, const Tensor& grad,
+                                             bool wants_x, bool wants_y) {
+  return backward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction), grad,
+                  wants_x, wants_y);
+}
+
+Tensor lncc_cpu(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
+                double smooth_dr, const std::string& reduction) {
+  return forward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction));
+}
+
+std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
+                                             std::int64_t kernel_size, double smooth_nr,
+                                             double smooth_dr, const std::string& reduction,
+                                             const Tensor& grad, bool wants_x, bool wants_y) {
+  return backward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction), grad,
+                  wants_x, wants_y);
+}
+
+}  // namespace geco

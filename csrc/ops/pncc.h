@@ -1,0 +1,31 @@
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "torch_compat.h"
+
+namespace geco {
+
+Tensor pncc_cpu(const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
+                const std::vector<std::int64_t>& stride, const std::string& channels, double eps,
+                const std::string& reduction);
+
+// A gradient that isn't wanted comes back as an empty tensor.
+std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
+                                             const std::vector<std::int64_t>& patch_size,
+                                             const std::vector<std::int64_t>& stride,
+                                             const std::string& channels, double eps,
+                                             const std::string& reduction, const Tensor& grad,
+                                             bool wants_x, bool wants_y);
+
+Tensor lncc_cpu(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
+                double smooth_dr, const std::string& reduction);
+
+std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
+                                             std::int64_t kernel_size, double smooth_nr,
+                                             double smooth_dr, const std::string& reduction,
+                                             const Tensor& grad, bool wants_x, bool wants_y);
+
+}  // namespace geco
