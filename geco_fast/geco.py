@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geco_fast._checks import check_floating, check_positive, check_rank, describe
+from geco_fast._checks import FLOATING, check_floating, check_positive, check_rank, describe
 from geco_fast.ops.geco_update import check_geco_options, geco_options, move_multipliers
 from geco_fast.reference._precision import widen
 from geco_fast.reference.geco_update import GECOOptions
+
+_WIDE = (torch.float32, torch.float64)
 
 
 class _ProcessGroupHandle:
@@ -180,24 +182,23 @@ class GECO(nn.Module):
         TypeError
             If a value is not a floating-point tensor.
         """
-        check_floating("objective", objective)
-        check_rank("objective", objective, (0, 1), "[] or [B]")
+        _check_value("objective", "", objective)
         if set(values) != set(self.names):
             raise ValueError(
                 f"values must hold the constraints {list(self.names)}, got {list(values)}"
             )
         constraints = [values[name] for name in self.names]
         for name, value in zip(self.names, constraints, strict=True):
-            check_floating(f"values[{name!r}]", value)
-            check_rank(f"values[{name!r}]", value, (0, 1), "[] or [B]")
+            _check_value("values", name, value)
         group = self._process_group.group if self.training else None
         c_hat = _stack(constraints) if group is None else _joined_means(constraints, group)
         options = geco_options(*self.options)
         penalty = move_multipliers(
             c_hat, self.ema, self.log_lambda, self.step, options, self.training
         )
-        (objective,) = widen(objective)
-        return objective.mean() + penalty
+        if objective.dtype not in _WIDE:
+            (objective,) = widen(objective)
+        return (objective.mean() if objective.dim() else objective) + penalty
 
     def evaluate_constraints(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Call every constraint module with the same arguments; return name to value ``[B]``.
@@ -276,6 +277,21 @@ def _constraint_names(constraints: object) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"constraints must have different names, got {list(names)}")
     return names
+
+
+def _check_value(argument: str, name: str, value: object) -> None:
+    """Raise unless a value is a floating tensor ``[]`` or ``[B]``."""
+    # The good case words no error.
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATING
+        and value.layout is torch.strided
+        and value.dim() < 2
+    ):
+        return
+    shown = f"{argument}[{name!r}]" if name else argument
+    check_floating(shown, value)
+    check_rank(shown, value, (0, 1), "[] or [B]")  # type: ignore[arg-type]
 
 
 def _stack(values: list[Tensor]) -> Tensor:

@@ -33,14 +33,12 @@ class _GECOUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c_hat: Tensor, others: tuple[Any, ...]) -> Tensor:
         with below_autograd():
-            penalty, slope = _step(c_hat, *others)
-        ctx.save_for_backward(slope)
+            penalty, ctx.slope = _step(c_hat, *others)
         return penalty
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None
+        return ctx.slope * grads[0], None
 
 
 _geco_update = direct_apply(_GECOUpdate)
