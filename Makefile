@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/digits
 DATA_ROOT ?=
+BENCH ?= --threads 1 --threads 2 --json runs/bench.json --chart runs/bench.svg
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+
+CPP := $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
 .PHONY: environment train test test-slow lint format bench clean
 
@@ -16,7 +19,7 @@ environment: $(VENV)/.built
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch setuptools ninja pybind11
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,bench]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
@@ -27,7 +30,7 @@ train: environment
 	$(BIN)/geco-fast train --out $(OUT)
 
 test: environment
-	$(BIN)/pytest $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+	$(BIN)/pytest --numprocesses auto --dist loadfile $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 test-slow: environment
 	$(BIN)/pytest -m slow $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
@@ -35,16 +38,21 @@ test-slow: environment
 lint: environment
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: environment
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format -i $(CPP)
 
-bench: environment
-	$(BIN)/geco-fast bench
+# The rivals are large, so nothing else brings them.
+$(VENV)/.rivals: $(VENV)/.dependencies
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,bench]'
+	touch $@
+
+bench: environment $(VENV)/.rivals
+	$(BIN)/geco-fast bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info geco_fast/*.so

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,6 +40,9 @@ FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     f'-DGECO_TORCH_TARGET=\\"{TORCH_TARGET}\\"',
 ]
+# A build with sanitizers, say, needs no change here.
+MORE_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+MORE_LINK_FLAGS = shlex.split(os.environ.get("LDFLAGS", ""))
 
 
 def sources() -> list[str]:
@@ -50,6 +55,11 @@ def level_of(source: str) -> str | None:
     """Name of the instruction-set level a file is compiled for, if it is one's table."""
     stem = Path(source).stem
     return stem.removeprefix("level_") if stem.startswith("level_") else None
+
+
+def level_flags(source: str) -> list[str]:
+    """Flags of a file's instruction-set level."""
+    return LEVEL_FLAGS.get(level_of(source) or "", [])
 
 
 def package_dir(name: str) -> Path:
@@ -90,14 +100,42 @@ def find_compiler() -> str | None:
 COMPILER = find_compiler()
 
 
+def compile_and_link(
+    folder: Path,
+    target: Path,
+    units: Sequence[tuple[Path, str, Sequence[str]]],
+    flags: Sequence[str],
+    link_flags: Sequence[str],
+) -> None:
+    """Bring a library or program up to date with ninja.
+
+    `units` are source, name of the object file in `folder`, and flags of its own.
+    """
+    from ninja import BIN_DIR
+    from ninja.ninja_syntax import Writer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder / "build.ninja", "w") as file:
+        ninja = Writer(file)
+        ninja.variable("cxx", COMPILER)
+        ninja.variable("flags", [*flags, f"-I{ROOT / 'csrc'}"])
+        ninja.rule("compile", "$cxx -MMD -MF $out.d $flags $own -c $in -o $out", depfile="$out.d")
+        ninja.rule("link", "$cxx $in -o $out $flags")
+        objects = [str(folder / name) for _, name, _ in units]
+        for (source, _, own), output in zip(units, objects, strict=True):
+            ninja.build(output, "compile", str(source), variables={"own": [*own, *MORE_FLAGS]})
+        ninja.build(str(target), "link", objects, variables={"flags": [*link_flags]})
+    subprocess.run(
+        [Path(BIN_DIR) / "ninja", f"-j{jobs()}", "-f", "build.ninja"], cwd=folder, check=True
+    )
+
+
 class NinjaBuild(build_ext):
     """Compiles each source with its level's flags, in parallel, and links one library."""
 
     def build_extensions(self) -> None:
-        """Write build.ninja for the one extension and run it."""
-        from ninja import BIN_DIR
-        from ninja.ninja_syntax import Writer
-
+        """Build the one extension."""
         (extension,) = self.extensions
         torch = package_dir("torch")
         includes = [
@@ -106,34 +144,21 @@ class NinjaBuild(build_ext):
             package_dir("pybind11") / "include",
             sysconfig.get_path("include"),
         ]
-        target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(build / "build.ninja", "w") as file:
-            ninja = Writer(file)
-            ninja.variable("cxx", COMPILER)
-            ninja.variable(
-                "flags", [*FLAGS, f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in includes)]
-            )
-            ninja.rule(
-                "compile", "$cxx -MMD -MF $out.d $flags $level -c $in -o $out", depfile="$out.d"
-            )
-            ninja.rule("link", "$cxx -shared $in -o $out $libraries")
-            objects = []
-            for source in extension.sources:
-                output = str(build / Path(source).with_suffix(".o"))
-                flags = LEVEL_FLAGS.get(level_of(source) or "", [])
-                ninja.build(output, "compile", str(ROOT / source), variables={"level": flags})
-                objects.append(output)
-            libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-            ninja.build(str(target), "link", objects, variables={"libraries": libraries})
-        subprocess.run(
-            [Path(BIN_DIR) / "ninja", f"-j{jobs()}", "-f", "build.ninja"], cwd=build, check=True
+        compile_and_link(
+            Path(self.build_temp).resolve(),
+            Path(self.get_ext_fullpath(extension.name)).resolve(),
+            [
+                (ROOT / source, str(Path(source).with_suffix(".o")), level_flags(source))
+                for source in extension.sources
+            ],
+            [*FLAGS, *(f"-isystem{path}" for path in includes)],
+            ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", *MORE_LINK_FLAGS],
         )
 
 
-setup(
-    ext_modules=[Extension("geco_fast._C", sources())] if COMPILER else [],
-    cmdclass={"build_ext": NinjaBuild},
-)
+# The C++ tests take the compiler and its flags from here.
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("geco_fast._C", sources())] if COMPILER else [],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from geco_fast._backend import LIBRARY
-from geco_fast._checks import check_choice
+from geco_fast.bench.entrants import FORWARD, Entrant, Problem, Results
+from geco_fast.bench.limits import measure_limits
+from geco_fast.bench.memory import peak_bytes
+from geco_fast.bench.results import Row
+from geco_fast.bench.rivals import Rival
 from geco_fast.testing.budget import Budget
-from geco_fast.testing.cases import Case, Tensors, cases
 
-RIVALS = ("eager", "compile", "self")
-DIRECTIONS = ("forward", "forward+backward")
+FEWEST_PAIRS = 3
 
-Side = Callable[[], object]
+
+class WrongResult(AssertionError):
+    """Our side breaks the accuracy rule: there is no speed of a wrong result."""
+
+
+class TooSlow(BaseException):
+    """A side took longer than the patience with it; no library's `except Exception` takes it."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: `ratio` is the rival's time over ours, with the quartiles of the pairs."""
+class Effort:
+    """How long to measure.
 
-    case: str
-    direction: str
-    rival: str
-    threads: int
-    instruction_set: str
-    ours_ms: float
-    rival_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    Parameters
+    ----------
+    pairs : int
+        Most slices of each side in a comparison.
+    slice_s : float
+        Length of a slice in seconds; short calls are repeated to fill it.
+    seconds : float
+        Length of a comparison, which has fewer pairs where calls are long; a side of which one
+        call takes longer is left out.
+    patience : float
+        Longest first call of a side in seconds, compilation included.
+    """
+
+    pairs: int = 21
+    slice_s: float = 0.01
+    seconds: float = 30.0
+    patience: float = 180.0
 
 
-def seconds(side: Side, repeats: int) -> float:
+def seconds(side: Callable[[], object], repeats: int) -> float:
     """Time of one call, averaged over `repeats`."""
     start = time.perf_counter()
     for _ in range(repeats):
@@ -45,21 +65,20 @@ def seconds(side: Side, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def pair(ours: Side, rival: Side, pairs: int = 41, slice_s: float = 0.01) -> list[tuple]:
-    """Times (ours, rival) of interleaved slices, after a warm-up.
-
-    Parameters
-    ----------
-    ours, rival : callable
-        The two sides.
-    pairs : int
-        How many slices of each.
-    slice_s : float
-        Length of one slice in seconds; short calls are repeated to fill it.
-    """
-    repeats = [max(1, round(slice_s / min(seconds(s, 1) for _ in range(3)))) for s in (ours, rival)]
-    for side, count in zip((ours, rival), repeats, strict=True):
-        seconds(side, count)
+def pair(
+    ours: Callable[[], object], rival: Callable[[], object], effort: Effort
+) -> list[tuple[float, float]]:
+    """Times (ours, rival) of interleaved slices, after a warm-up."""
+    repeats, length = [], 0.0
+    for side in (ours, rival):
+        call = seconds(side, 1)
+        if call > effort.seconds:
+            raise TooSlow(f"one call takes {call:.0f} s")
+        if call < 0.1:
+            call = min(call, *(seconds(side, 1) for _ in range(3)))
+        repeats.append(max(1, round(effort.slice_s / call)))
+        length += repeats[-1] * call
+    pairs = max(FEWEST_PAIRS, min(effort.pairs, int(effort.seconds / length)))
     times = []
     for k in range(pairs):
         # The order alternates, so that neither side always follows the other's cache.
@@ -69,98 +88,218 @@ def pair(ours: Side, rival: Side, pairs: int = 41, slice_s: float = 0.01) -> lis
     return times
 
 
-def make_sides(case: Case, direction: str, dtype: torch.dtype) -> dict[str, Side]:
-    """Our call and its rivals on one set of tensors; raises AssertionError if results disagree."""
-    check_choice("direction", direction, DIRECTIONS)
-    made = case.tensors(dtype)
-    names = case.gradient_names()
-    torch.manual_seed(0)
-    upstream = [torch.randn_like(result) for result in case.define(made)]
+@contextmanager
+def patience(limit: float) -> Iterator[None]:
+    """Raise TooSlow in a block that takes longer; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def side(function: Callable[[Tensors], tuple[Tensor, ...]]) -> Callable[[], list[Tensor]]:
-        if direction == "forward":
-            return lambda: list(function(made))
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"the first call takes more than {limit:.0f} s, compilation included")
 
-        def step() -> list[Tensor]:
-            tensors = {
-                name: tensor.detach().requires_grad_() if name in names else tensor
-                for name, tensor in made.items()
-            }
-            results = function(tensors)
-            leaves = [tensors[name] for name in names]
-            return [*results, *torch.autograd.grad(results, leaves, upstream)]
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
-        return step
 
-    torch._dynamo.reset()
-    sides = {
-        "ours": side(case.run),
-        "eager": side(case.define),
-        "compile": side(torch.compile(case.define, fullgraph=True)),
-        "self": side(case.run),
-    }
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in made.items()}
-    exact = exact_results(case, wide, upstream, direction)
-    same = sides["eager"]()
-    for name, run in sides.items():
-        for k, (got, s, e) in enumerate(zip(run(), same, exact, strict=True)):
-            budget = Budget(f"{case} {direction} {name} {k}", gradient=True)
-            budget.add(got, s, e)
+def reason(failure: BaseException) -> str:
+    """Why a rival takes no part, in one line."""
+    if isinstance(failure, ImportError):
+        return f"not installed ({failure})"
+    if isinstance(failure, AssertionError | TooSlow):
+        return str(failure)
+    return (
+        f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+    )
+
+
+class _Check:
+    """Holds one side's results, over all draws, to the accuracy rule or to the side's tolerance."""
+
+    def __init__(self, rival: Rival | None) -> None:
+        self.rival = rival
+        self.budgets: dict[str, Budget] = {}
+
+    def add(
+        self,
+        entrant: Entrant,
+        seed: int,
+        directions: Sequence[str],
+        expected: tuple[Results, Results],
+    ) -> None:
+        """Take in one draw."""
+        for direction in directions:
+            got = entrant.results(seed, direction)
+            if self.rival is None or self.rival.tolerance != math.inf:
+                self._add(direction, got, *expected)
+
+    def _add(self, direction: str, got: Results, same: Results, exact: Results) -> None:
+        for kind in Results._fields:
+            if direction == FORWARD and kind == "gradients":
+                continue
+            found, own, true = (list(getattr(side, kind)) for side in (got, same, exact))
+            if kind == "gradients" and self.rival is not None and self.rival.permuted:
+                own[-1], true[-1] = own[-1].sort().values, true[-1].sort().values
+            for k, (g, s, e) in enumerate(zip(found, own, true, strict=True)):
+                name = f"{direction}, {kind} {k}"
+                budget = self.budgets.setdefault(name, Budget(name, kind == "gradients"))
+                budget.add(g, s, e)
+                if self.rival is not None and self.rival.tolerance and e.numel():
+                    tolerated = self.rival.tolerance * e.abs().max().item()
+                    budget.allowed_unit = max(budget.allowed_unit, tolerated)
+
+    @property
+    def failure(self) -> str:
+        """What breaks the rule so far; empty if nothing does."""
+        try:
+            self.finish()
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def finish(self) -> None:
+        """Raise AssertionError if the rule is broken."""
+        for budget in self.budgets.values():
             budget.check()
-    return sides
 
 
-def exact_results(
-    case: Case, tensors: Tensors, upstream: list[Tensor], direction: str
-) -> list[Tensor]:
-    """Results, and gradients if they are timed, of the reference in float64."""
-    leaves = {name: tensors[name].detach().requires_grad_() for name in case.gradient_names()}
-    results = case.define({**tensors, **leaves})
-    if direction == "forward":
-        return list(results)
-    grads = torch.autograd.grad(results, list(leaves.values()), [u.double() for u in upstream])
-    return [*results, *grads]
+def sides(
+    problem: Problem, names: Sequence[str], effort: Effort
+) -> tuple[dict[str, Entrant], dict[str, str]]:
+    """Ours and these rivals, checked against each other; and why those left out are.
+
+    Raises
+    ------
+    WrongResult
+        If our results break the accuracy rule.
+    """
+    torch._dynamo.reset()
+    ready: dict[str, Entrant] = {}
+    out: dict[str, str] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            with patience(effort.patience):
+                return action()
+        except (Exception, TooSlow) as failure:
+            ready.pop(name, None)
+            if name == "ours":
+                if isinstance(failure, AssertionError):
+                    raise WrongResult(f"{problem}: {failure}") from failure
+                raise
+            out[name] = reason(failure)
+
+    for name in dict.fromkeys(("ours", *names)):
+        if name != "self":
+            built = attempt(name, partial(problem.build, name))
+            if name not in out:
+                ready[name] = built
+    checks = {name: _Check(problem.rivals.get(name)) for name in ready}
+    start = time.perf_counter()
+    for seed in problem.seeds():
+        expected = problem.expected(seed)
+        for name, check in checks.items():
+            attempt(name, partial(check.add, ready[name], seed, problem.directions, expected))
+        # Whoever keeps the rule is done; another draw is for those whom this one may have wronged.
+        checks = {name: check for name, check in checks.items() if name in ready and check.failure}
+        if not checks or time.perf_counter() - start > effort.patience:
+            break
+    for name, check in checks.items():
+        attempt(name, check.finish)
+    return ready, out
 
 
 def compare(
-    case: Case,
+    problem: Problem,
     *,
-    rivals: tuple[str, ...] = RIVALS,
-    directions: tuple[str, ...] = DIRECTIONS,
+    rivals: Sequence[str] | None = None,
     threads: int = 1,
-    dtype: torch.dtype = torch.float32,
-    pairs: int = 41,
+    effort: Effort = Effort(),
 ) -> list[Row]:
-    """Compare the public function with its rivals on one case."""
+    """Compare ours with its rivals on one problem.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is compared.
+    rivals : sequence of str, optional
+        Names of rivals, of those that the problem has; all by default. "self" is ours once more.
+    threads : int
+        Threads of both sides.
+    effort : Effort
+        How long to measure.
+
+    Raises
+    ------
+    WrongResult
+        If our results break the accuracy rule.
+    """
+    known = [*problem.rivals, "self"]
+    chosen = known if rivals is None else [name for name in known if name in rivals]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        ready, out = sides(problem, chosen, effort)
+        limits = measure_limits(threads)
         rows = []
-        for direction in directions:
-            sides = make_sides(case, direction, dtype)
-            for rival in rivals:
-                times = pair(sides["ours"], sides[rival], pairs)
-                ratios = [theirs / ours for ours, theirs in times]
-                low, ratio, high = statistics.quantiles(ratios, n=4)
-                rows.append(
-                    Row(
-                        case=str(case),
-                        direction=direction,
-                        rival=rival,
-                        threads=threads,
-                        instruction_set=LIBRARY.instruction_set() if LIBRARY else "none",
-                        ours_ms=1e3 * statistics.median(t for t, _ in times),
-                        rival_ms=1e3 * statistics.median(t for _, t in times),
-                        ratio=ratio,
-                        ratio_low=low,
-                        ratio_high=high,
-                    )
-                )
+        for direction in problem.directions:
+            work = problem.work(direction)
+            ours = ready["ours"].step(direction)
+            base = Row(
+                operator=problem.operator,
+                case=str(problem),
+                direction=direction,
+                rival="",
+                threads=threads,
+                instruction_set=LIBRARY.instruction_set() if LIBRARY else "none",
+                ours_peak_bytes=peak_bytes(ours),
+                least_bytes=work.bytes if work else None,
+                least_operations=work.operations if work else None,
+                copy_bytes_per_s=limits.bytes_per_s,
+                fma_operations_per_s=limits.operations_per_s,
+            )
+            for name in chosen:
+                note = problem.rivals[name].note if name in problem.rivals else ""
+                row = replace(base, rival=name, note=note)
+                rows.append(_measured(row, ready, out, direction, ours, effort))
         return rows
     finally:
         torch.set_num_threads(before)
 
 
-def bench_cases(operator: str | None = None) -> list[Case]:
-    """Cases of the benchmark, of one operator or of all."""
-    return cases(operator, tag="bench")
+def _measured(
+    row: Row,
+    ready: dict[str, Entrant],
+    out: dict[str, str],
+    direction: str,
+    ours: Callable[[], object],
+    effort: Effort,
+) -> Row:
+    if row.rival in out:
+        return replace(row, unavailable=out[row.rival])
+    entrant = ready["ours" if row.rival == "self" else row.rival]
+    try:
+        with patience(effort.patience):
+            theirs = entrant.step(direction)
+            theirs()
+        times = pair(ours, theirs, effort)
+        held = peak_bytes(theirs)
+    except (Exception, TooSlow) as failure:
+        return replace(row, unavailable=reason(failure))
+    low, ratio, high = statistics.quantiles([theirs / ours for ours, theirs in times], n=4)
+    return replace(
+        row,
+        pairs=len(times),
+        ours_ms=1e3 * statistics.median(t for t, _ in times),
+        rival_ms=1e3 * statistics.median(t for _, t in times),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        # What torch's allocator doesn't see would read as nothing.
+        rival_peak_bytes=held if getattr(entrant, "on_torch", True) else None,
+    )

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,6 +31,23 @@ void set_instruction_set(const std::string& name) {
                               "), got '" + name + "'");
 }
 
+// Operations per second of this thread, over at least that many seconds.
+double fma_peak(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const py::gil_scoped_release release;
+  const auto run = geco::cpu::active().kernels->multiply_adds;
+  constexpr std::int64_t kRounds = 1 << 16;
+  float sink[] = {0.999f, 0.001f, 0.0f};
+  run(kRounds, sink);
+  const Clock::time_point start = Clock::now();
+  double operations = 0, elapsed = 0;
+  while (elapsed < seconds) {
+    operations += double(run(kRounds, sink));
+    elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  return operations / elapsed;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -46,4 +64,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return geco::cpu::active().name; }, "The instruction set in use.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"),
         "Use another instruction set for all later calls of this process.");
+  m.def("fma_peak", &fma_peak, py::arg("seconds"),
+        "Measure float32 operations per second of this thread: multiply-adds on registers.");
 }

@@ -1,14 +1,26 @@
 // Kernels for the operators whose schemas geco_fast/_registry.py defines: one line each.
+#include "ops/affine_coupling.h"
+#include "ops/gaussian_latent.h"
 #include "ops/geco_update.h"
+#include "ops/equilibrium_map.h"
 #include "ops/lstm_gates.h"
 #include "ops/pncc.h"
+#include "ops/squared_error.h"
 
 STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
+  m.impl("affine_coupling", TORCH_BOX(&geco::affine_coupling_cpu));
+  m.impl("affine_coupling_backward", TORCH_BOX(&geco::affine_coupling_backward_cpu));
+  m.impl("gaussian_latent", TORCH_BOX(&geco::gaussian_latent_cpu));
+  m.impl("gaussian_latent_backward", TORCH_BOX(&geco::gaussian_latent_backward_cpu));
   m.impl("geco_update", TORCH_BOX(&geco::geco_update_cpu));
-  m.impl("lstm_gates", TORCH_BOX(&geco::lstm_gates_cpu));
-  m.impl("lstm_gates_backward", TORCH_BOX(&geco::lstm_gates_backward_cpu));
   m.impl("lncc", TORCH_BOX(&geco::lncc_cpu));
   m.impl("lncc_backward", TORCH_BOX(&geco::lncc_backward_cpu));
+  m.impl("equilibrium_map", TORCH_BOX(&geco::equilibrium_map_cpu));
+  m.impl("equilibrium_map_backward", TORCH_BOX(&geco::equilibrium_map_backward_cpu));
+  m.impl("lstm_gates", TORCH_BOX(&geco::lstm_gates_cpu));
+  m.impl("lstm_gates_backward", TORCH_BOX(&geco::lstm_gates_backward_cpu));
   m.impl("pncc", TORCH_BOX(&geco::pncc_cpu));
   m.impl("pncc_backward", TORCH_BOX(&geco::pncc_backward_cpu));
+  m.impl("squared_error", TORCH_BOX(&geco::squared_error_cpu));
+  m.impl("squared_error_backward", TORCH_BOX(&geco::squared_error_backward_cpu));
 }

@@ -10,19 +10,21 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 #include "include/numeric.h"
 #include "include/strided.h"
 
 namespace geco {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 // Of a tensor of at most kMaxDims dimensions; what is beyond its rank is zero.
 using Strides = std::array<std::int64_t, kMaxDims>;
 using Order = std::array<int, kMaxDims>;
 
 inline DType dtype_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -61,8 +63,18 @@ Order memory_order(const Tensor& shape, std::initializer_list<const Strides*> op
 // a pointwise result.
 Strides pointwise_strides(const Tensor& shape, std::initializer_list<const Strides*> operands);
 
-// An uninitialised tensor with the sizes, dtype and device of `like`.
+// Strides of a tensor as the reference's arithmetic sees it: widened from 16 bits it is dense.
+Strides wide_strides_of(const Tensor& tensor);
+
+// Uninitialised tensors on the device of `like`: of any form, and with its sizes and dtype.
+Tensor empty(const Tensor& like, IntArrayRef sizes, IntArrayRef strides, ScalarType dtype);
 Tensor empty_strided(const Tensor& like, const Strides& strides);
+Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype);
+
+// The dtype that arithmetic on a tensor is done in.
+inline ScalarType compute_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 struct Operand {
   void* data;
@@ -72,8 +84,20 @@ struct Operand {
 inline Operand input(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), strides_of(tensor)};
 }
+inline Operand optional_input(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? input(*tensor) : Operand{nullptr, {}};
+}
 inline Operand output(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), strides_of(tensor)};
+}
+// A gradient to `tensor`, uninitialised; empty where none is wanted.
+inline Tensor gradient_like(const Tensor& tensor, bool is_wanted) {
+  return is_wanted ? torch::stable::empty_like(tensor)
+                   : empty_vector(tensor, 0, ScalarType::Float);
+}
+// What a kernel gets for it. Strides of zero take no part in the choice of an order.
+inline Operand wanted(const Tensor& gradient, bool is_wanted) {
+  return is_wanted ? output(gradient) : Operand{nullptr, {}};
 }
 // The k-th of a tensor's blocks of `channels` channels.
 Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels);
@@ -90,6 +114,24 @@ void describe(const Tensor& shape, const Operand (&operands)[Operands::kOperands
            space->data);
 }
 
+// The same for Rows: the first dimension is apart, the others are ordered by `order`.
+void describe_rows(const Tensor& shape, const Order& order, const Operand* operands, int count,
+                   int* dims, std::int64_t* size, std::int64_t (*stride)[kMaxDims], void** data);
+
+template <class Rows>
+void describe_rows(const Tensor& shape, const Order& order,
+                   const Operand (&operands)[Rows::kOperands], Rows* rows) {
+  auto& first = rows->first;
+  describe_rows(shape, order, operands, Rows::kOperands, &first.dims, first.size, first.stride,
+                first.data);
+  rows->count = shape.size(0);
+  rows->length = first.numel();
+  for (int k = 0; k < Rows::kOperands; ++k) rows->step[k] = operands[k].strides[0];
+}
+
+// A gradient [B] in the dtype of the arithmetic on `like`, or nothing.
+RowScalars row_scalars(const std::optional<Tensor>& grad, const Tensor& like);
+
 // Runs a CPU kernel over the whole index space of its parameters on torch's threads.
 template <class Params, class Kernel>
 void launch_cpu(const Params& params, Kernel kernel) {
@@ -97,6 +139,41 @@ void launch_cpu(const Params& params, Kernel kernel) {
   torch::stable::parallel_for(
       0, params.operands.numel(), kGrain,
       [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
+}
+
+// The same for a kernel that works on blocks of rows.
+template <class Params, class Kernel>
+void launch_rows_cpu(const Params& params, Kernel kernel) {
+  constexpr std::int64_t kGrain = 16384;
+  const std::int64_t blocks = params.rows.blocks();
+  const std::int64_t elements = std::clamp<std::int64_t>(params.rows.length, 1, kBlock);
+  torch::stable::parallel_for(
+      0, params.rows.count * blocks, (kGrain + elements - 1) / elements,
+      [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
+}
+
+void add_partial_sums(const double* partial, std::int64_t blocks, double divisor,
+                      const Tensor& total);
+
+// Such a kernel's sums over each row, divided by `divisor`, in the dtype of the arithmetic. Sums of
+// blocks meet in their order, whatever thread each came from.
+template <class Params, class Kernel>
+Tensor sum_rows_cpu(const Tensor& like, Params* params, RowSums Params::* sums, double divisor,
+                    Kernel kernel) {
+  const std::int64_t rows = params->rows.count, blocks = params->rows.blocks();
+  const Tensor total = empty_vector(like, rows, compute_dtype(like));
+  if (rows == 0) return total;
+  if (blocks == 1) {
+    params->*sums = {total.mutable_data_ptr(), nullptr, divisor};
+    launch_rows_cpu(*params, kernel);
+    return total;
+  }
+  const Tensor scratch = empty_vector(like, rows * blocks, ScalarType::Double);
+  double* partial = static_cast<double*>(scratch.mutable_data_ptr());
+  params->*sums = {nullptr, partial, divisor};
+  launch_rows_cpu(*params, kernel);
+  add_partial_sums(partial, blocks, divisor, total);
+  return total;
 }
 
 }  // namespace geco

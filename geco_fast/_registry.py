@@ -12,17 +12,52 @@ from torch import Tensor
 
 from geco_fast import reference
 from geco_fast._checks import FLOATING
+from geco_fast.reference._precision import widen
 
 LIBRARY = torch.library.Library("geco_fast", "DEF")
 
+# Dimensions that a kernel's operands have at most (kMaxDims in csrc).
+MAX_RANK = 8
+
 # Operator -> backend -> dtypes its kernels take.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "affine_coupling": {"cpu": FLOATING},
+    "gaussian_latent": {"cpu": FLOATING},
     "geco_update": {"cpu": FLOATING},
     "lncc": {"cpu": FLOATING},
+    "equilibrium_map": {"cpu": FLOATING},
     "lstm_gates": {"cpu": FLOATING},
     "pncc": {"cpu": FLOATING},
+    "squared_error": {"cpu": FLOATING},
 }
 
+LIBRARY.define(
+    "affine_coupling(Tensor x, Tensor log_scale, Tensor shift, bool inverse, str scale_map, "
+    "float clamp) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "affine_coupling_backward(Tensor x, Tensor log_scale, Tensor? shift, bool inverse, "
+    "str scale_map, float clamp, Tensor? grad_y, Tensor? grad_log_det, bool needs_x, "
+    "bool needs_log_scale, bool needs_shift) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "equilibrium_map(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "equilibrium_map_backward(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior, Tensor mapped, "
+    "Tensor log_normaliser, Tensor log_mass, Tensor? grad_mapped, Tensor? grad_log_normaliser, "
+    "int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "gaussian_latent(Tensor q_mean, Tensor q_log_std, Tensor p_mean, Tensor p_log_std, "
+    "Tensor noise) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "gaussian_latent_backward(Tensor q_mean, Tensor q_log_std, Tensor p_mean, Tensor p_log_std, "
+    "Tensor noise, Tensor? grad_z, Tensor? grad_kl, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     "geco_update(Tensor c_hat, Tensor(a!) ema, Tensor(b!) log_lambda, Tensor(c!) step, "
     "float alpha, float step_size, float lambda_min, float lambda_max, float[2]? max_log_step, "
@@ -34,6 +69,75 @@ LIBRARY.define(
     "lstm_gates_backward(Tensor gates, Tensor c, float forget_bias, Tensor? grad_h, "
     "Tensor? grad_c_next) -> (Tensor, Tensor)"
 )
+LIBRARY.define("squared_error(Tensor x, Tensor y, str reduction) -> Tensor")
+LIBRARY.define(
+    "squared_error_backward(Tensor x, Tensor y, str reduction, Tensor grad, bool needs_x, "
+    "bool needs_y) -> (Tensor, Tensor)"
+)
+
+
+def _row_sums(like: Tensor) -> Tensor:
+    """Sums ``[B]`` over all but the batch, in the dtype of the arithmetic."""
+    return like.new_empty(like.shape[:1], dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _gradient(like: Tensor, needed: bool) -> Tensor:
+    """Gradient to `like`; empty where none is wanted."""
+    return torch.empty_like(like) if needed else like.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.register_fake("geco_fast::affine_coupling", lib=LIBRARY)
+def _(
+    x: Tensor, log_scale: Tensor, shift: Tensor, inverse: bool, scale_map: str, clamp: float
+) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype
+    x, log_scale, shift = widen(x, log_scale, shift)
+    # PyTorch's logsigmoid is contiguous whatever its input.
+    scale = torch.exp(log_scale.contiguous() if scale_map == "sigmoid" else log_scale)
+    return ((x - shift) * scale if inverse else x * scale + shift).to(dtype), _row_sums(x)
+
+
+@torch.library.register_fake("geco_fast::affine_coupling_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    log_scale: Tensor,
+    shift: Tensor | None,
+    inverse: bool,
+    scale_map: str,
+    clamp: float,
+    grad_y: Tensor | None,
+    grad_log_det: Tensor | None,
+    needs_x: bool,
+    needs_log_scale: bool,
+    needs_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _gradient(x, needs_x),
+        _gradient(log_scale, needs_log_scale),
+        _gradient(x if shift is None else shift, needs_shift and inverse),
+    )
+
+
+@torch.library.register_fake("geco_fast::gaussian_latent", lib=LIBRARY)
+def _(
+    q_mean: Tensor, q_log_std: Tensor, p_mean: Tensor, p_log_std: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    return reference.gaussian_latent(q_mean, q_log_std, p_mean, p_log_std, noise)
+
+
+@torch.library.register_fake("geco_fast::gaussian_latent_backward", lib=LIBRARY)
+def _(
+    q_mean: Tensor,
+    q_log_std: Tensor,
+    p_mean: Tensor,
+    p_log_std: Tensor,
+    noise: Tensor,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    inputs = (q_mean, q_log_std, p_mean, p_log_std, noise)
+    return tuple(_gradient(like, bool(needs >> k & 1)) for k, like in enumerate(inputs))
 
 
 @torch.library.register_fake("geco_fast::geco_update", lib=LIBRARY)
@@ -45,6 +149,36 @@ def _(
     strides = (1, 0)[: c_hat.dim()]
     slope = torch.empty_strided(c_hat.shape, strides, dtype=dtype, device=c_hat.device)
     return c_hat.new_empty((), dtype=dtype), slope
+
+
+@torch.library.register_fake("geco_fast::equilibrium_map", lib=LIBRARY)
+def _(
+    x: Tensor, psi: Tensor, beta: Tensor, log_prior: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Not the reference: its loop over chunks would be as long as the data.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mapped = torch.empty_like(psi, dtype=dtype)
+    return mapped, x.new_empty(x.shape[0], dtype=dtype), psi.new_empty(psi.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("geco_fast::equilibrium_map_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    psi: Tensor,
+    beta: Tensor,
+    log_prior: Tensor | None,
+    mapped: Tensor,
+    log_normaliser: Tensor,
+    log_mass: Tensor,
+    grad_mapped: Tensor | None,
+    grad_log_normaliser: Tensor | None,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [
+        x.new_empty(0) if tensor is None or not wanted >> k & 1 else torch.empty_like(tensor)
+        for k, tensor in enumerate((x, psi, beta, log_prior))
+    ]
+    return grads[0], grads[1], grads[2], grads[3]
 
 
 @torch.library.register_fake("geco_fast::lstm_gates", lib=LIBRARY)
@@ -143,3 +277,15 @@ def _(
     wants_y: bool,
 ) -> tuple[Tensor, Tensor]:
     return _wanted_gradients(x, y, wants_x, wants_y)
+
+
+@torch.library.register_fake("geco_fast::squared_error", lib=LIBRARY)
+def _(x: Tensor, y: Tensor, reduction: str) -> Tensor:
+    return _row_sums(x)
+
+
+@torch.library.register_fake("geco_fast::squared_error_backward", lib=LIBRARY)
+def _(
+    x: Tensor, y: Tensor, reduction: str, grad: Tensor, needs_x: bool, needs_y: bool
+) -> tuple[Tensor, Tensor]:
+    return _gradient(x, needs_x), _gradient(y, needs_y)

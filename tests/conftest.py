@@ -16,6 +16,9 @@ from geco_fast.testing.calls import instruction_set
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-root", type=Path, help="folder with real data sets (mnist, cifar10)")
     parser.addoption(
+        "--random-examples", type=int, default=300, help="random calls of each operator"
+    )
+    parser.addoption(
         "--require-backend",
         action="append",
         default=[],

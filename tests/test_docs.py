@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ import torch
 import geco_fast as gf
 from geco_fast._backend import BACKENDS
 from geco_fast._registry import KERNELS
-from geco_fast.bench.paired import Row
-from geco_fast.bench.report import markdown
+from geco_fast.bench import report, results
 from geco_fast.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,26 +167,33 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
     assert done.stdout
 
 
-RESULTS = re.compile(r"<!-- results: (\S+) -->\n\n((?:\|.*\n)*)")
+@each_document
+def test_tables_of_results_are_those_measured(document: Path) -> None:
+    text = document.read_text()
+    marks = re.findall(r"^<!-- results:", text, re.MULTILINE)
+    assert len(report.MARKED.findall(text)) == len(marks)
+    assert report.rendered(text) == text, "run `geco-fast bench --render`"
 
 
-def test_tables_of_results_are_those_measured() -> None:
-    page = (ROOT / "docs" / "ops" / "lstm_gates.md").read_text()
-    found = RESULTS.findall(page)
-    assert len(found) == page.count("<!-- results:") > 0
-    for name, table in found:
-        content = json.loads((ROOT / "bench" / "results" / name).read_text())
-        assert table == markdown([Row(**row) for row in content["rows"]]) + "\n", name
+def test_chart_is_that_of_the_results() -> None:
+    rows = report.headline(results.read(report.RESULTS / report.HEADLINE).rows)
+    drawn = ElementTree.parse(report.CHART).getroot()
+    (description,) = drawn.iter("{http://purl.org/dc/elements/1.1/}description")
+    assert description.text == report.description(rows), "run `geco-fast bench --render`"
 
 
-def test_readme_quotes_the_results() -> None:
-    content = json.loads(
-        (ROOT / "bench" / "results" / "lstm_gates-sapphire-rapids-avx512.json").read_text()
-    )
-    ratios = {
-        row["rival"]: f"{row['ratio']:.1f}"
-        for row in content["rows"]
-        if row["case"] == "lstm_gates-step-128x8x8" and row["direction"] == "forward+backward"
+def test_every_result_is_shown_in_a_document() -> None:
+    shown = {
+        (name, word)
+        for document in DOCUMENTS
+        for _, name, words, _ in report.MARKED.findall(document.read_text())
+        for word in words.split()
     }
-    quoted = f"{ratios['compile']} times as fast as\n`torch.compile` and {ratios['eager']} times"
-    assert quoted in (ROOT / "README.md").read_text()
+    for path in sorted(report.RESULTS.glob("*.json")):
+        kept = results.read(path)
+        assert {(path.name, row.operator) for row in kept.rows} <= shown
+        assert (path.name, "machine") in shown
+        for run in kept.runs:
+            assert run["command"]
+            assert run["commit"]
+            assert "dirty" not in run["commit"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from geco_fast._backend import LIBRARY
 from geco_fast.ops import lncc, pncc
+from geco_fast.testing.budget import Budget
 
 
 def images(*shape, seed=0, dtype=torch.float64):
@@ -189,3 +190,119 @@ def test_an_image_without_finite_values(backend):
     x, y = images(1, 1, 6, 7)
     x[:] = torch.nan
     assert all(result.isnan().all() for result in with_gradients(CALLS["joint"], x, y))
+
+
+def box_sums(image, size):
+    """Window sums of the image with zeros around it, by convolution."""
+    dims = image.dim() - 2
+    conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    kernel = image.new_ones(1, 1, *[size] * dims)
+    return conv(image.flatten(0, 1).unsqueeze(1), kernel, padding=size // 2).view_as(image)
+
+
+def squared_from_box_sums(x, y, size, smooth_nr, smooth_dr):
+    volume = size ** (x.dim() - 2)
+    x_sum, y_sum = box_sums(x, size), box_sums(y, size)
+    cross = box_sums(x * y, size) - x_sum * y_sum / volume
+    x_var = (box_sums(x * x, size) - x_sum**2 / volume).clamp(min=smooth_dr)
+    y_var = (box_sums(y * y, size) - y_sum**2 / volume).clamp(min=smooth_dr)
+    return (cross**2 + smooth_nr) / (x_var * y_var)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((2, 3, 9), 3), ((2, 2, 8, 7), 5), ((1, 2, 5, 4, 6), 3), ((1, 1, 3, 2), 9), ((1, 1, 4, 5), 1)],
+)
+@pytest.mark.parametrize("smooth", [(0.0, 1e-5), (0.3, 2.0)])
+def test_squared_is_that_of_box_sums(shape, size, smooth):
+    x, y = (image.requires_grad_() for image in images(*shape))
+    if size == 1:
+        smooth = (smooth[0] + 0.1, smooth[1])
+    scores = lncc(x, y, size, smooth_nr=smooth[0], smooth_dr=smooth[1])
+    wanted = squared_from_box_sums(x, y, size, *smooth)
+    torch.testing.assert_close(scores, wanted, rtol=1e-6, atol=1e-9)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    for got, expected in zip(
+        torch.autograd.grad(scores, (x, y), upstream),
+        torch.autograd.grad(wanted, (x, y), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    for reduction in ("sum", "mean"):
+        reduced = lncc(x, y, size, smooth_nr=smooth[0], smooth_dr=smooth[1], reduction=reduction)
+        torch.testing.assert_close(reduced, getattr(wanted.flatten(1), reduction)(1))
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sizes_and_strides(backend, seed):
+    # Tiles of the kernel end at 128 rows and columns; rows of up to three vectors' widths.
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    dims = 1 + seed % 3
+    longest = (600, 150, 24)[dims - 1]
+    spatial = [number(1, longest if d == seed % dims else 12) for d in range(dims)]
+    size = [number(1, min(s, 40)) for s in spatial]
+    stride = [number(1, max(1, s // 4)) if seed % 2 else 1 for s in spatial]
+    channels = ("joint", "separate")[seed // 3 % 2]
+    x, y = images(2, number(1, 6), *spatial, seed=seed)
+    options = {"stride": stride, "channels": channels, "eps": 0.1}
+
+    def call(x, y, backend):
+        return pncc(x, y, size, backend=backend, **options)
+
+    for got, wanted in zip(
+        with_gradients(call, x, y, backend=backend),
+        with_gradients(call, x, y, backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("level", [1.0, 255.0, 1e4])
+def test_flat_patches_in_a_bright_image(backend, level):
+    # Half of it is black, half is at full brightness, and both are exactly flat.
+    x = torch.zeros(1, 3, 24, 24)
+    x[..., 12:] = level
+    y = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+    def run(dtype, backend):
+        return with_gradients(CALLS["joint"], x.to(dtype), y.to(dtype), backend=backend)
+
+    exact, same = run(torch.float64, "reference"), run(torch.float32, "reference")
+    for k, (got, s, e) in enumerate(zip(run(torch.float32, backend), same, exact, strict=True)):
+        budget = Budget(f"result {k}", gradient=k > 0)
+        budget.add(got, s, e)
+        budget.check()
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_results_do_not_depend_on_the_number_of_threads(backend):
+    x, y = images(3, 2, 150, 40, dtype=torch.float32)
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        runs += [[r for call in CALLS.values() for r in with_gradients(call, x, y)]]
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kernel_size": 4}, ValueError, "kernel_size must be odd and >= 1, got 4"),
+        ({"kernel_size": -1}, ValueError, "kernel_size must be odd and >= 1, got -1"),
+        ({"kernel_size": (3, 3)}, TypeError, "kernel_size must be an int"),
+        ({"smooth_dr": -0.1}, ValueError, "smooth_dr must be >= 0"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of"),
+    ],
+)
+def test_wrong_arguments_of_the_squared_form_are_named(options, error, message):
+    x = torch.ones(2, 3, 9, 9)
+    with pytest.raises(error, match=message):
+        lncc(x, x, **options)

@@ -12,52 +12,28 @@
 namespace geco::cpu {
 namespace {
 
-// As many float64 lanes as a vector of T has.
-template <class T>
-struct DoublesOf {
-  using type = VecF64;
-};
-template <>
-struct DoublesOf<float> {
-  using type = double __attribute__((vector_size(2 * kVectorBytes)));
-};
-
-// Adds up rows of any length, in pieces that are whole vectors but for the last.
-template <class Storage>
-struct BatchSum {
-  using T = typename Compute<Storage>::type;
-  using Wide = typename DoublesOf<T>::type;
-  Wide partial{};
-
-  void add(const Storage* values, std::int64_t count) {
-    std::int64_t j = 0;
-    for (; j + kLanes<T> <= count; j += kLanes<T>)
-      partial += __builtin_convertvector(load(values + j), Wide);
-    if (j < count) partial += __builtin_convertvector(load(values + j, int(count - j)), Wide);
-  }
-  double total() const {
-    double sum = 0;
-    for (int k = 0; k < kLanes<T>; ++k) sum += partial[k];
-    return sum;
-  }
-};
+inline void accumulate(VecF64 x, RunningSum<double>* sum) { sum->add(x); }
+inline void accumulate(VecF32 x, RunningSum<double>* sum) {
+  Lanes<float, kVectorBytes / 2>::type half[2];
+  std::memcpy(half, &x, sizeof(x));
+  for (const auto& each : half) sum->add(__builtin_convertvector(each, VecF64));
+}
 
 template <class Storage>
 double sum_of_row(const Storage* row, std::int64_t count, std::int64_t stride) {
-  BatchSum<Storage> sum;
-  if (stride == 1) {
-    sum.add(row, count);
-    return sum.total();
+  constexpr std::int64_t kWidth = kLanes<typename Compute<Storage>::type>;
+  RunningSum<double> sum;
+  Storage gathered[kWidth] = {};
+  for (std::int64_t j = 0; j < count; j += kWidth) {
+    const std::int64_t left = count - j < kWidth ? count - j : kWidth;
+    const Storage* from = row + j;
+    if (stride != 1) {
+      for (std::int64_t k = 0; k < left; ++k) gathered[k] = row[(j + k) * stride];
+      from = gathered;
+    }
+    accumulate(left == kWidth ? load(from) : load(from, int(left)), &sum);
   }
-  constexpr std::int64_t kPiece = 256;
-  Storage piece[kPiece];
-  for (std::int64_t begin = 0; begin < count; begin += kPiece) {
-    const std::int64_t left = count - begin;
-    const std::int64_t size = left < kPiece ? left : kPiece;
-    for (std::int64_t j = 0; j < size; ++j) piece[j] = row[(begin + j) * stride];
-    sum.add(piece, size);
-  }
-  return sum.total();
+  return sum.value();
 }
 
 inline double get(const geco_update::State& state, std::int64_t l) {
@@ -89,10 +65,24 @@ inline double moved(const geco_update::Params& p, double log_lambda, double ema)
   return within(log_lambda + within(ascent, p.down, p.up), p.low, p.high);
 }
 
+// A sum that keeps what each addition rounds off (Neumaier): that of many constraints is as good as
+// its terms.
+struct CompensatedSum {
+  double sum = 0, lost = 0;
+
+  void add(double x) {
+    const double total = sum + x;
+    lost += std::fabs(sum) >= std::fabs(x) ? (sum - total) + x : (x - total) + sum;
+    sum = total;
+  }
+  // Past the range what is lost is infinite, too.
+  double value() const { return std::isfinite(sum) ? sum + lost : sum; }
+};
+
 void geco_update_step(const geco_update::Params& p) {
   const std::int64_t step = *p.step;
   const bool due = step >= p.warmup_steps && step % p.update_every == 0;
-  double penalty = 0;
+  CompensatedSum penalty;
   for (std::int64_t l = 0; l < p.constraints; ++l) {
     double sum = 0;
     visit_storage(p.dtype, [&]<class Storage>(Storage*) {
@@ -104,15 +94,15 @@ void geco_update_step(const geco_update::Params& p) {
     const double lambda = std::exp(log_lambda);
     if (p.batch > 0) set(p.slope, l, lambda / double(p.batch));
     if (!p.update) {
-      penalty += lambda * c;
+      penalty.add(lambda * c);
       continue;
     }
     const double ema = step == 0 ? c : p.alpha * get(p.ema, l) + (1 - p.alpha) * c;
-    penalty += lambda * ema;
+    penalty.add(lambda * ema);
     set(p.ema, l, ema);
     if (due) set(p.log_lambda, l, moved(p, log_lambda, ema));
   }
-  set(p.penalty, 0, penalty);
+  set(p.penalty, 0, penalty.value());
   if (p.update) *p.step = step + 1;
 }
 

@@ -1,16 +1,41 @@
 // The CPU kernels of one instruction-set level, and the choice among levels.
-// A kernel serves the elements [begin, end) of its index space, so a caller can share them out.
+// A kernel serves the elements [begin, end) of its index space, or of blocks of its rows, so a
+// caller can share them out.
 #pragma once
 
 #include <cstdint>
 
+#include "include/affine_coupling.h"
+#include "include/equilibrium_map.h"
+#include "include/gaussian_latent.h"
 #include "include/geco_update.h"
 #include "include/lstm_gates.h"
 #include "include/pncc.h"
+#include "include/squared_error.h"
 
 namespace geco::cpu {
 
 struct Kernels {
+  void (*affine_coupling_forward)(const affine_coupling::Forward&, std::int64_t begin,
+                                  std::int64_t end);
+  void (*affine_coupling_backward)(const affine_coupling::Backward&, std::int64_t begin,
+                                   std::int64_t end);
+  void (*equilibrium_map_forward_pack)(const equilibrium_map::Forward&, std::int64_t begin,
+                                       std::int64_t end);
+  void (*equilibrium_map_forward)(const equilibrium_map::Forward&, std::int64_t begin,
+                                  std::int64_t end);
+  void (*equilibrium_map_forward_finish)(const equilibrium_map::Forward&, std::int64_t begin,
+                                         std::int64_t end);
+  void (*equilibrium_map_backward_pack)(const equilibrium_map::Backward&, std::int64_t begin,
+                                        std::int64_t end);
+  void (*equilibrium_map_backward)(const equilibrium_map::Backward&, std::int64_t begin,
+                                   std::int64_t end);
+  void (*equilibrium_map_backward_finish)(const equilibrium_map::Backward&, std::int64_t begin,
+                                          std::int64_t end);
+  void (*gaussian_latent_forward)(const gaussian_latent::Forward&, std::int64_t begin,
+                                  std::int64_t end);
+  void (*gaussian_latent_backward)(const gaussian_latent::Backward&, std::int64_t begin,
+                                   std::int64_t end);
   void (*geco_update_step)(const geco_update::Params&);
   void (*lstm_gates_forward)(const lstm_gates::Forward&, std::int64_t begin, std::int64_t end);
   void (*lstm_gates_backward)(const lstm_gates::Backward&, std::int64_t begin, std::int64_t end);
@@ -21,6 +46,13 @@ struct Kernels {
   void (*pncc_backward)(const pncc::Backward&, std::int64_t begin, std::int64_t end,
                         double* scratch);
   void (*pncc_finish)(const pncc::Forward&);
+  void (*squared_error_forward)(const squared_error::Forward&, std::int64_t begin,
+                                std::int64_t end);
+  void (*squared_error_backward)(const squared_error::Backward&, std::int64_t begin,
+                                 std::int64_t end);
+  // Not an operator but a yardstick. `sink` holds a factor, a term and room for a result; returns
+  // how many operations were done.
+  std::int64_t (*multiply_adds)(std::int64_t rounds, float* sink);
 };
 
 struct Level {

@@ -1,7 +1,16 @@
-// pNCC and LNCC on the CPU.
+// pNCC and its squared, padded form LNCC on the CPU. A tile streams through row by row: the sums of
+// x, y, x^2, y^2 and xy along the row, over the last rows, over the last planes, then the score;
+// backward goes on with the coefficients of the patches, along the row, over rows and planes, to
+// the gradients. An image is read once for its pivot and once for its sums, and backward once more
+// for its gradient; but for the first time it is hot. Results are written once.
+// What isn't obvious: values are shifted by a pivot and summed in twice their precision, which
+// replaces centring every patch, and no sum is ever made by subtraction (see `Slide`), so the work
+// doesn't grow with the patch and what isn't finite stays in its patches.
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "cpu/wide.h"
 #include "include/pncc.h"
@@ -30,6 +39,10 @@ struct Arena {
     return reinterpret_cast<T*>(take((count * std::int64_t(sizeof(T)) + 7) / 8));
   }
 };
+
+// Divisions by one, the usual stride, would take longer than what they decide.
+inline std::int64_t remainder(std::int64_t x, std::int64_t by) { return by == 1 ? 0 : x % by; }
+inline std::int64_t quotient(std::int64_t x, std::int64_t by) { return by == 1 ? x : x / by; }
 
 struct Box {
   std::int64_t low[kDims], high[kDims];
@@ -92,325 +105,540 @@ inline void scatter(const T* from, std::int64_t count, Storage* to, std::int64_t
   }
 }
 
-// Sums of `k` neighbours along rows: out[i] = in[i] + ... + in[i + k - 1] for i < count, a multiple
-// of the vector; `in` is overwritten by its own doublings, and read up to count + k.
-template <class W>
-inline void sum_along_row(double* in, std::int64_t in_plane, std::int64_t k, std::int64_t count,
-                          double* out, std::int64_t out_plane) {
-  std::int64_t done = 0;
-  for (std::int64_t width = 1; width <= k; width *= 2) {
-    if (k & width) {
-      for (std::int64_t i = 0; i < count; i += kLane) {
-        W sum = load_wide<W>(in + i + done, in_plane);
-        if (done > 0) sum = load_wide<W>(out + i, out_plane) + sum;
-        store_wide(out + i, out_plane, sum);
+// A row's sums are read up to this many doubles past what its own length and the patch's ask for.
+constexpr std::int64_t kReadAhead = 3 * kLane;
+
+// The vector that begins `kBy` lanes into `low` and goes on in `high`.
+template <int kBy>
+inline VecF64 shifted(VecF64 low, VecF64 high) {
+  if constexpr (kBy == 0) return low;
+#if defined(__AVX512F__)
+  // What GCC makes of a shuffle would overwrite a register that is needed again.
+  return bit_cast<VecF64>(
+      _mm512_maskz_alignr_epi64(0xff, bit_cast<__m512i>(high), bit_cast<__m512i>(low), kBy));
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(low, high, kBy, kBy + 1, kBy + 2, kBy + 3);
+#else
+  return __builtin_shufflevector(low, high, kBy, kBy + 1);
+#endif
+}
+
+// Two vectors of sums of 1, 2 and 4 neighbours, each from lane to lane of its own.
+struct Doublings {
+  VecF64 one, one_next, two, two_next, four;
+};
+
+// Sums of kCount < kLane neighbours.
+template <int kCount>
+inline VecF64 few_of(const Doublings& d) {
+  constexpr int kAfterFour = kCount & 4, kAfterTwo = kCount & 6;
+  VecF64 sum{};
+  if constexpr (kCount & 4) sum = d.four;
+  if constexpr (kCount & 2) {
+    const VecF64 part = shifted<kAfterFour>(d.two, d.two_next);
+    sum = kAfterFour ? sum + part : part;
+  }
+  if constexpr (kCount & 1) {
+    const VecF64 part = shifted<kAfterTwo>(d.one, d.one_next);
+    sum = kAfterTwo ? sum + part : part;
+  }
+  return sum;
+}
+
+// Calls sink(v, few, whole) for every vector v of a row: the sums of kFew neighbours, of vector
+// v + 1 if kWhole and of v if not, and those of kLane neighbours of v. Each costs one shuffle and
+// one addition for every doubling of the neighbours.
+template <int kFew, bool kWhole, class Sink>
+inline void sum_lanes(const double* in, std::int64_t vectors, Sink sink) {
+  VecF64 one[3] = {load(in), load(in + kLane), load(in + 2 * kLane)};
+  const auto two_of = [](VecF64 a, VecF64 b) { return a + shifted<1 % kLane>(a, b); };
+  const auto four_of = [](VecF64 a, VecF64 b) { return a + shifted<2 % kLane>(a, b); };
+  VecF64 two[2] = {two_of(one[0], one[1]), two_of(one[1], one[2])};
+  VecF64 four = four_of(two[0], two[1]);
+  for (std::int64_t v = 0; v < vectors; ++v) {
+    const VecF64 one_new = load(in + (v + 3) * kLane);
+    const VecF64 two_new = two_of(one[2], one_new);
+    const VecF64 four_new = four_of(two[1], two_new);
+    VecF64 whole;
+    if constexpr (kLane == 8)
+      whole = four + shifted<4 % kLane>(four, four_new);
+    else if constexpr (kLane == 4)
+      whole = four;
+    else
+      whole = two[0];
+    const Doublings here{one[0], one[1], two[0], two[1], four};
+    const Doublings next{one[1], one[2], two[1], two_new, four_new};
+    sink(v, few_of<kFew>(kWhole ? next : here), whole);
+    one[0] = one[1];
+    one[1] = one[2];
+    one[2] = one_new;
+    two[0] = two[1];
+    two[1] = two_new;
+    four = four_new;
+  }
+}
+
+// Rows of float64 in several fields, `in_step` and `out_step` apart; see `sum_along_rows`.
+template <int kFew, int kWhole>
+inline void sum_fields(double* in, std::int64_t in_step, std::int64_t k, std::int64_t count,
+                       double* out, std::int64_t out_step, int fields) {
+  const std::int64_t vectors = count / kLane, m = k / kLane;
+  for (int f = 0; f < fields; ++f, in += in_step, out += out_step) {
+    if constexpr (kWhole < 2) {
+      sum_lanes<kFew, kWhole == 1>(in, vectors, [&](std::int64_t v, VecF64 few, VecF64 whole) {
+        VecF64 sum = kWhole == 1 ? whole : few;
+        if constexpr (kWhole == 1 && kFew > 0) sum = whole + few;
+        store(out + v * kLane, sum);
+      });
+    } else {
+      sum_lanes<kFew, true>(in, vectors + m - 1, [&](std::int64_t v, VecF64 few, VecF64 whole) {
+        store(in + v * kLane, whole);
+        if (v + 1 >= m) store(out + (v + 1 - m) * kLane, few);
+      });
+      // Van Herk's blocks of m vectors, see `Slide`.
+      for (std::int64_t block = 0; block < vectors; block += m) {
+        VecF64 sum = load(in + (block + m - 1) * kLane);
+        for (std::int64_t v = block + m - 2; v >= block; --v) {
+          sum = load(in + v * kLane) + sum;
+          store(in + v * kLane, sum);
+        }
+        VecF64 prefix{};
+        const std::int64_t end = std::min(block + m, vectors);
+        for (std::int64_t v = block; v < end; ++v) {
+          if (v > block) prefix = prefix + load(in + (v + m - 1) * kLane);
+          store(out + v * kLane, load(out + v * kLane) + (load(in + v * kLane) + prefix));
+        }
       }
-      done += width;
     }
-    if (2 * width <= k) {
+  }
+}
+
+template <int kFew = 0>
+inline void sum_fields_of(double* in, std::int64_t in_step, std::int64_t k, std::int64_t count,
+                          double* out, std::int64_t out_step, int fields) {
+  if constexpr (kFew < kLane) {
+    if (k % kLane != kFew)
+      return sum_fields_of<kFew + 1>(in, in_step, k, count, out, out_step, fields);
+    if (k < kLane) return sum_fields<kFew, 0>(in, in_step, k, count, out, out_step, fields);
+    if (k < 2 * kLane) return sum_fields<kFew, 1>(in, in_step, k, count, out, out_step, fields);
+    return sum_fields<kFew, 2>(in, in_step, k, count, out, out_step, fields);
+  }
+}
+
+// The same for pairs, by doublings in memory.
+inline void sum_fields_of_pairs(double* in, std::int64_t in_step, std::int64_t k,
+                                std::int64_t count, double* out, std::int64_t out_step,
+                                int fields) {
+  const std::int64_t in_plane = fields * in_step, out_plane = fields * out_step;
+  for (int f = 0; f < fields; ++f, in += in_step, out += out_step) {
+    std::int64_t done = 0;
+    for (std::int64_t width = 1; width <= k; width *= 2) {
+      if (k & width) {
+        for (std::int64_t i = 0; i < count; i += kLane) {
+          Pair sum = load_wide<Pair>(in + i + done, in_plane);
+          if (done > 0) sum = load_wide<Pair>(out + i, out_plane) + sum;
+          store_wide(out + i, out_plane, sum);
+        }
+        done += width;
+      }
+      if (2 * width > k) break;
       const std::int64_t needed = count + k - 2 * width + 1;
       for (std::int64_t i = 0; i < needed; i += kLane)
         store_wide(in + i, in_plane,
-                   load_wide<W>(in + i, in_plane) + load_wide<W>(in + i + width, in_plane));
+                   load_wide<Pair>(in + i, in_plane) + load_wide<Pair>(in + i + width, in_plane));
     }
   }
+}
+
+// Sums of `k` neighbours along the rows of `fields` fields: out[i] = in[i] + ... + in[i + k - 1]
+// for i < count, a multiple of the vector; `in` is overwritten and read up to count + k +
+// kReadAhead.
+template <class W>
+inline void sum_along_rows(double* in, std::int64_t in_step, std::int64_t k, std::int64_t count,
+                           double* out, std::int64_t out_step, int fields) {
+  if constexpr (kPlanes<W> == 1)
+    sum_fields_of(in, in_step, k, count, out, out_step, fields);
+  else
+    sum_fields_of_pairs(in, in_step, k, count, out, out_step, fields);
 }
 
 // Sums of `k` successive rows at every `stride`-th row, with van Herk's blocks: rows are cut into
 // blocks of k, and a window is the end of one block and the beginning of the next. Nothing is
 // subtracted, so what isn't finite leaves with its row, and a row costs three additions whatever k.
-template <class W>
+// The rows of kFields fields are handled together.
+template <class W, int kFields>
 struct Slide {
-  double* ends;    // [k][row]: sums from a row to its block's end; until the block is full, rows
-  double* prefix;  // [row]
-  std::int64_t k, stride, width;  // width: doubles in one plane of a row
+  double* ends;           // [k][row]: sums from a row to its block's end; until that is full, rows
+  double *prefix, *none;  // [row]; `none` is zeros, the end of a block before a whole one
+  std::int64_t k, stride, width;  // width: of one field
 
-  std::int64_t row() const { return width * kPlanes<W>; }
+  std::int64_t plane() const { return kFields * width; }
+  std::int64_t row() const { return plane() * kPlanes<W>; }
   static std::int64_t size(std::int64_t k, std::int64_t width) {
-    return (k + 1) * width * kPlanes<W>;
+    return (k + 2) * kFields * width * kPlanes<W>;
   }
   void place(double* memory, std::int64_t k_, std::int64_t stride_, std::int64_t width_) {
-    ends = memory;
     k = k_;
     stride = stride_;
     width = width_;
+    move(memory);
+  }
+  void move(double* memory) {
+    ends = memory;
     prefix = memory + k * row();
+    none = prefix + row();
   }
 
-  enum Result { kNone, kPrefix, kBoth };
-
-  template <bool kFirst, Result kResult, bool kKeep>
-  void add(const double* in, double* slot, const double* end, double* out) {
-    for (std::int64_t i = 0; i < width; i += kLane) {
-      const W x = load_wide<W>(in + i, width);
-      W sum = x;
-      if constexpr (!kFirst) sum = load_wide<W>(prefix + i, width) + x;
-      store_wide(prefix + i, width, sum);
-      if constexpr (kKeep) store_wide(slot + i, width, x);
-      if constexpr (kResult == kPrefix) store_wide(out + i, width, sum);
-      if constexpr (kResult == kBoth)
-        store_wide(out + i, width, sum + load_wide<W>(end + i, width));
-    }
-  }
-
-  // Takes row r, counted from the first window's first; true if `out` holds the window that ends
-  // there.
-  bool push(std::int64_t r, const double* in, double* out) {
-    if (stride >= k) {  // windows without overlap
-      const std::int64_t j = r % stride;
-      if (j >= k) return false;
-      if (j == 0 && k > 1)
-        add<true, kNone, false>(in, nullptr, nullptr, out);
-      else if (j == 0)
-        add<true, kPrefix, false>(in, nullptr, nullptr, out);
-      else if (j < k - 1)
-        add<false, kNone, false>(in, nullptr, nullptr, out);
-      else
-        add<false, kPrefix, false>(in, nullptr, nullptr, out);
-      return j == k - 1;
-    }
-    const std::int64_t j = r % k;
-    const std::int64_t start = r - k + 1;
-    const bool due = start >= 0 && start % stride == 0;
-    double* const slot = ends + j * row();
-    if (j == k - 1) {
-      if (due)
-        add<false, kPrefix, true>(in, slot, nullptr, out);
-      else
-        add<false, kNone, true>(in, slot, nullptr, out);
-      for (std::int64_t i = 0; i < width; i += kLane) {
-        W sum = load_wide<W>(slot + i, width);
-        for (std::int64_t q = k - 2; q > 0; --q) {
-          double* const at = ends + q * row() + i;
-          sum = load_wide<W>(at, width) + sum;
-          store_wide(at, width, sum);
-        }
+  // Members are copied first: for all the compiler knows, a store of a vector changes them.
+  template <bool kDue, class Sink>
+  void add(const double* in, double* slot, const double* end, Sink sink) {
+    const std::int64_t at = plane(), step = width;
+    double* const running = prefix;
+    for (std::int64_t i = 0; i < step; i += kLane) {
+      W sums[kFields];
+      for (int f = 0; f < kFields; ++f) {
+        const std::int64_t j = f * step + i;
+        const W x = load_wide<W>(in + j, at);
+        sums[f] = load_wide<W>(running + j, at) + x;
+        store_wide(running + j, at, sums[f]);
+        store_wide(slot + j, at, x);
+        if constexpr (kDue) sums[f] = sums[f] + load_wide<W>(end + j, at);
       }
-    } else if (j == 0) {
-      if (due)
-        add<true, kBoth, true>(in, slot, slot + row(), out);
-      else
-        add<true, kNone, true>(in, slot, nullptr, out);
-    } else if (due) {
-      add<false, kBoth, true>(in, slot, slot + row(), out);
-    } else {
-      add<false, kNone, true>(in, slot, nullptr, out);
+      if constexpr (kDue) sink(i, sums);
     }
+  }
+
+  // Turns the rows of a full block into the sums from each to the block's end.
+  void end_block() {
+    const std::int64_t at = plane(), step = row();
+    double* const last = ends + (k - 1) * step;
+    double* const first = ends + step;
+    for (std::int64_t i = 0; i < at; i += kLane) {
+      W sum = load_wide<W>(last + i, at);
+      for (double* to = last - step + i; to >= first; to -= step) {
+        sum = load_wide<W>(to, at) + sum;
+        store_wide(to, at, sum);
+      }
+    }
+  }
+
+  // Takes row r, counted from the first window's first; calls sink(i, sums) for every vector i of
+  // the window that ends there, if one does.
+  template <class Sink>
+  bool push(std::int64_t r, const double* in, Sink sink) {
+    // Without overlap a block begins with each window.
+    const std::int64_t block = std::max(k, stride);
+    const std::int64_t j = remainder(r, block), start = r - k + 1;
+    if (j >= k) return false;
+    if (j == 0) std::fill(prefix, prefix + row() + (r == 0 ? row() : 0), 0.0);
+    const bool due = start >= 0 && remainder(start, stride) == 0;
+    double* const slot = ends + j * row();
+    if (due)
+      add<true>(in, slot, j == k - 1 ? none : slot + row(), sink);
+    else
+      add<false>(in, slot, none, sink);
+    if (j == k - 1 && stride < k) end_block();
     return due;
   }
 };
 
 // Slides over rows, then over planes of them.
-template <class W>
+template <class W, int kFields>
 struct Slide2d {
-  Slide<W> rows;
-  Slide<W> planes;  // its memory is one row's; those of others follow
+  Slide<W, kFields> rows;
+  Slide<W, kFields> planes;  // its memory is one row's; those of others follow
   double* memory;
   double* between;
   std::int64_t step;
 
   void place(Arena* arena, const std::int64_t (&patch)[kDims], const std::int64_t (&stride)[kDims],
              std::int64_t height, std::int64_t width) {
-    rows.place(arena->take(Slide<W>::size(patch[1], width)), patch[1], stride[1], width);
-    step = patch[0] > 1 ? Slide<W>::size(patch[0], width) : 0;
+    using One = Slide<W, kFields>;
+    rows.place(arena->take(One::size(patch[1], width)), patch[1], stride[1], width);
+    step = patch[0] > 1 ? One::size(patch[0], width) : 0;
     memory = arena->take(step * height);
     planes.place(memory, patch[0], stride[0], width);
-    between = arena->take(rows.row());
+    between = arena->take(patch[0] > 1 ? rows.row() : 0);
   }
 
-  // Takes row r of plane z, both counted from the first window's; `out` may then hold a window.
-  bool push(std::int64_t z, std::int64_t r, const double* in, double* out) {
-    if (planes.k == 1) return z % planes.stride == 0 && rows.push(r, in, out);
-    if (!rows.push(r, in, between)) return false;
-    const std::int64_t y = (r - rows.k + 1) / rows.stride;
-    planes.ends = memory + y * step;
-    planes.prefix = planes.ends + planes.k * planes.row();
-    return planes.push(z, between, out);
-  }
-};
-
-// What is subtracted from an image before anything else: the median of a few finite values, so
-// that neither an offset nor a stray value costs the sums their digits.
-template <class T, class Storage>
-inline T pivot(const Problem& p, const Storage* image, const std::int64_t* stride) {
-  constexpr int kSamples = 9;
-  const std::int64_t n = p.channels * p.size[0] * p.size[1] * p.size[2];
-  T found[kSamples];
-  int count = 0;
-  for (int k = 0; k < kSamples; ++k) {
-    std::int64_t rest = n / kSamples * k + n % kSamples * k / kSamples;
-    std::int64_t offset = 0;
-    for (int d = kDims - 1; d >= 0; --d) {
-      offset += rest % p.size[d] * stride[2 + d];
-      rest /= p.size[d];
-    }
-    T value;
-    gather(image + offset + rest * stride[1], 1, 1, &value);
-    if (value - value == 0) found[count++] = value;
-  }
-  if (count == 0) return 0;
-  std::nth_element(found, found + count / 2, found + count);
-  return found[count / 2];
-}
-
-// The sums of x, y, x^2, y^2 and x y over patches, from shifted values.
-enum Sum { kX, kY, kXX, kYY, kXY, kSums };
-
-template <class Storage>
-struct Images {
-  using T = typename Compute<Storage>::type;
-  const Problem& p;
-  const Storage* data[2];
-  T pivots[2];
-
-  Images(const Problem& problem, std::int64_t b, std::int64_t g) : p(problem) {
-    for (int k = 0; k < 2; ++k) {
-      data[k] = static_cast<const Storage*>(p.image[k]) + b * p.image_stride[k][0] +
-                g * p.channels * p.image_stride[k][1];
-      pivots[k] = pivot<T>(p, data[k], p.image_stride[k]);
-    }
+  // Whether the window that row r of plane z would end exists; both are counted from the first
+  // window's.
+  bool due(std::int64_t z, std::int64_t r) const {
+    const std::int64_t a = z - planes.k + 1, b = r - rows.k + 1;
+    return a >= 0 && b >= 0 && remainder(a, planes.stride) == 0 && remainder(b, rows.stride) == 0;
   }
 
-  // `count` values of a row from padded column `column` on, `length` with the zeros that follow.
-  void row(int k, std::int64_t c, std::int64_t z, std::int64_t r, std::int64_t column,
-           std::int64_t count, std::int64_t length, T* to) const {
-    const bool inside = z >= 0 && z < p.size[0] && r >= 0 && r < p.size[1];
-    const std::int64_t first = std::max<std::int64_t>(column - p.pad[2], 0);
-    const std::int64_t last = inside ? std::min(column - p.pad[2] + count, p.size[2]) : first;
-    if (last <= first) {
-      std::fill(to, to + length, T(0));
+  template <class Sink>
+  void push(std::int64_t z, std::int64_t r, const double* in, Sink sink) {
+    if (planes.k == 1) {
+      rows.push(r, in, sink);
       return;
     }
-    T* const from = to + (first - (column - p.pad[2]));
-    T* const end = from + (last - first);
-    std::fill(to, from, T(0));
-    const std::int64_t* const stride = p.image_stride[k];
-    gather(data[k] + c * stride[1] + z * stride[2] + r * stride[3] + first * stride[4], stride[4],
-           last - first, from);
-    std::fill(end, to + length, T(0));
+    const std::int64_t width = rows.width, at = rows.plane();
+    const auto hold = [&](std::int64_t i, const W* sums) {
+      for (int f = 0; f < kFields; ++f) store_wide(between + f * width + i, at, sums[f]);
+    };
+    if (!rows.push(r, in, hold)) return;
+    const std::int64_t y = quotient(r - rows.k + 1, rows.stride);
+    planes.move(memory + y * step);
+    planes.push(z, between, sink);
   }
 };
 
+// Rows in storage of the problem's type and any stride, from and to dense rows of T.
+template <class T>
+inline void read_row(DType dtype, const void* base, std::int64_t offset, std::int64_t stride,
+                     std::int64_t count, T* to) {
+  visit_storage(dtype, [&]<class Storage>(Storage*) {
+    if constexpr (std::is_same_v<typename Compute<Storage>::type, T>)
+      gather(static_cast<const Storage*>(base) + offset, stride, count, to);
+  });
+}
+template <class T>
+inline void write_row(DType dtype, const T* from, std::int64_t count, void* base,
+                      std::int64_t offset, std::int64_t stride) {
+  visit_storage(dtype, [&]<class Storage>(Storage*) {
+    if constexpr (std::is_same_v<typename Compute<Storage>::type, T>)
+      scatter(from, count, static_cast<Storage*>(base) + offset, stride);
+  });
+}
+
+// Both images of one group of channels.
+template <class T>
+struct Images {
+  const Problem& p;
+  std::int64_t base[2];
+  T pivots[2];
+
+  Images(const Problem& problem, std::int64_t b, std::int64_t g, const Box& patches) : p(problem) {
+    for (int k = 0; k < 2; ++k) {
+      base[k] = b * p.image_stride[k][0] + g * p.channels * p.image_stride[k][1];
+      pivots[k] = pivot(k, patches);
+    }
+  }
+
+  // What is subtracted from an image before anything else: the finite value of the least magnitude.
+  // No value x is farther from it than 2 |x|, so that bright parts of an image cost the dark ones
+  // no digits, and none is far from it where an offset is all they have in common.
+  T pivot(int k, const Box& patches) const {
+    if (p.pad[0] + p.pad[1] + p.pad[2] > 0) return 0;  // the zeros around the image
+    constexpr std::int64_t kRun = 256;
+    const T infinity = std::numeric_limits<T>::infinity();
+    std::int64_t low[kDims], high[kDims];
+    for (int d = 0; d < kDims; ++d) {
+      low[d] = patches.low[d] * p.stride[d];
+      high[d] = patches.extent(d) > 0 ? (patches.high[d] - 1) * p.stride[d] + p.patch[d] : low[d];
+    }
+    const std::int64_t* const stride = p.image_stride[k];
+    Vec<T> above = broadcast<T>(infinity), below = above;
+    T values[kRun];
+    for (std::int64_t c = 0; c < p.channels; ++c)
+      for (std::int64_t z = low[0]; z < high[0]; ++z)
+        for (std::int64_t r = low[1]; r < high[1]; ++r)
+          for (std::int64_t j = low[2]; j < high[2]; j += kRun) {
+            const std::int64_t n = std::min(kRun, high[2] - j);
+            read_row(p.dtype, p.image[k],
+                     base[k] + c * stride[1] + z * stride[2] + r * stride[3] + j * stride[4],
+                     stride[4], n, values);
+            for (std::int64_t i = n; i % kLanes<T> != 0; ++i) values[i] = infinity;
+            for (std::int64_t i = 0; i < n; i += kLanes<T>) {
+              const Vec<T> x = load(values + i);
+              const Vec<T> up = x < 0 ? broadcast<T>(infinity) : x;
+              const Vec<T> down = x < 0 ? -x : broadcast<T>(infinity);
+              above = up < above ? up : above;
+              below = down < below ? down : below;
+            }
+          }
+    T least_above = infinity, least_below = infinity;
+    for (int i = 0; i < kLanes<T>; ++i) {
+      least_above = std::min(least_above, T(above[i]));
+      least_below = std::min(least_below, T(below[i]));
+    }
+    const T least = least_above <= least_below ? least_above : -least_below;
+    return least - least == 0 ? least : T(0);
+  }
+
+  // `count` values of a row from padded column `column` on. Columns outside the image are left as
+  // they are, a row outside becomes zeros.
+  void row(int k, std::int64_t c, std::int64_t z, std::int64_t r, std::int64_t column,
+           std::int64_t count, T* to) const {
+    const std::int64_t first = std::max<std::int64_t>(column - p.pad[2], 0);
+    const std::int64_t n = std::min(column - p.pad[2] + count, p.size[2]) - first;
+    if (n <= 0) return;
+    to += first - (column - p.pad[2]);
+    if (z < 0 || z >= p.size[0] || r < 0 || r >= p.size[1]) {
+      std::fill(to, to + n, T(0));
+      return;
+    }
+    const std::int64_t* const stride = p.image_stride[k];
+    read_row(p.dtype, p.image[k],
+             base[k] + c * stride[1] + z * stride[2] + r * stride[3] + first * stride[4], stride[4],
+             n, to);
+  }
+};
+
+// The sums of x, y, x^2, y^2 and x y over patches, from shifted values.
+enum PatchSum { kX, kY, kXX, kYY, kXY, kSums };
+
 // Computes the sums of a box of patches, row by row.
-template <class Storage>
+template <class T>
 struct Windows {
-  using T = typename Compute<Storage>::type;
   using W = typename WideOf<T>::type;
   static constexpr int kChannels = 4;  // staged together
 
   const Problem& p;
   std::int64_t width;   // patches in a row, rounded up
   std::int64_t dense;   // windows in a row at stride 1, rounded up
-  std::int64_t length;  // values that they span and vectors may touch
+  std::int64_t used;    // values that they span, rounded up
+  std::int64_t length;  // and those that vectors may touch
   T* staged[2];
-  double *fields, *along, *picked, *out;
-  Slide2d<W> slide;
+  double *fields, *along, *picked;
+  Slide2d<W, kSums> slide;
 
   Windows(const Problem& problem, const Box& box, Arena* arena) : p(problem) {
     width = whole_vectors(box.extent(2));
     dense = p.stride[2] == 1 ? width : whole_vectors((box.extent(2) - 1) * p.stride[2] + 1);
-    length = dense + whole_vectors(p.patch[2]) + kLane;
+    used = whole_vectors(dense + p.patch[2] - 1);
+    length = dense + whole_vectors(p.patch[2]) + kReadAhead;
     for (T*& rows : staged) rows = arena->take_as<T>(kChannels * length);
     fields = arena->take(kSums * length * kPlanes<W>);
     along = arena->take(kSums * dense * kPlanes<W>);
     picked = p.stride[2] == 1 ? along : arena->take(kSums * width * kPlanes<W>);
-    out = arena->take(kSums * width * kPlanes<W>);
-    slide.place(arena, p.patch, p.stride, box.extent(1), kSums * width);
+    slide.place(arena, p.patch, p.stride, box.extent(1), width);
   }
 
-  void sum_row(const Images<Storage>& images, std::int64_t z, std::int64_t r, const Box& box) {
-    const std::int64_t column = box.low[2] * p.stride[2];
-    const std::int64_t count = (box.extent(2) - 1) * p.stride[2] + p.patch[2];
-    const std::int64_t plane = kSums * length;
+  template <bool kFirst>
+  void add_products(const Images<T>& images, int channels) {
+    const std::int64_t step = length, plane = kSums * step, needed = used;
+    const T *const xs = staged[0], *const ys = staged[1];
+    double* const to = fields;
     const VecF64 x_pivot = broadcast<double>(images.pivots[0]);
     const VecF64 y_pivot = broadcast<double>(images.pivots[1]);
+    for (std::int64_t j = 0; j < needed; j += kLane) {
+      W x = difference<W>(load_as_double(xs + j), x_pivot);
+      W y = difference<W>(load_as_double(ys + j), y_pivot);
+      W sums[kSums] = {x, y, x * x, y * y, x * y};
+      if constexpr (!kFirst)
+        for (int s = 0; s < kSums; ++s) sums[s] = load_wide<W>(to + s * step + j, plane) + sums[s];
+      for (int i = 1; i < channels; ++i) {
+        x = difference<W>(load_as_double(xs + i * step + j), x_pivot);
+        y = difference<W>(load_as_double(ys + i * step + j), y_pivot);
+        const W values[kSums] = {x, y, x * x, y * y, x * y};
+        for (int s = 0; s < kSums; ++s) sums[s] = sums[s] + values[s];
+      }
+      for (int s = 0; s < kSums; ++s) store_wide(to + s * step + j, plane, sums[s]);
+    }
+  }
+
+  void sum_row(const Images<T>& images, std::int64_t z, std::int64_t r, const Box& box) {
+    const std::int64_t column = box.low[2] * p.stride[2];
+    const std::int64_t count = (box.extent(2) - 1) * p.stride[2] + p.patch[2];
     for (std::int64_t c = 0; c < p.channels; c += kChannels) {
       const int n = int(std::min<std::int64_t>(kChannels, p.channels - c));
       for (int k = 0; k < 2; ++k)
         for (int i = 0; i < n; ++i)
-          images.row(k, c + i, z, r, column, count, length, staged[k] + i * length);
-      for (std::int64_t j = 0; j < length; j += kLane) {
-        W sums[kSums];
-        for (int s = 0; s < kSums; ++s)
-          sums[s] = c == 0 ? W{} : load_wide<W>(fields + s * length + j, plane);
-        for (int i = 0; i < n; ++i) {
-          const W x = difference<W>(load_as_double(staged[0] + i * length + j), x_pivot);
-          const W y = difference<W>(load_as_double(staged[1] + i * length + j), y_pivot);
-          sums[kX] = sums[kX] + x;
-          sums[kY] = sums[kY] + y;
-          sums[kXX] = sums[kXX] + x * x;
-          sums[kYY] = sums[kYY] + y * y;
-          sums[kXY] = sums[kXY] + x * y;
-        }
-        for (int s = 0; s < kSums; ++s) store_wide(fields + s * length + j, plane, sums[s]);
-      }
+          images.row(k, c + i, z, r, column, count, staged[k] + i * length);
+      if (c == 0 && n == 1)
+        add_products<true>(images, 1);
+      else if (c == 0)
+        add_products<true>(images, n);
+      else
+        add_products<false>(images, n);
     }
-    for (int s = 0; s < kSums; ++s)
-      sum_along_row<W>(fields + s * length, plane, p.patch[2], dense, along + s * dense,
-                       kSums * dense);
+    sum_along_rows<W>(fields, length, p.patch[2], dense, along, dense, kSums);
     if (p.stride[2] > 1)
       for (int s = 0; s < kSums * kPlanes<W>; ++s)
         for (std::int64_t i = 0; i < box.extent(2); ++i)
           picked[s * width + i] = along[s * dense + i * p.stride[2]];
   }
 
-  // Calls emit(e, w) for every row of patches, with the row's sums in `out`.
-  template <class Emit>
-  void run(const Images<Storage>& images, const Box& box, Emit emit) {
+  // For every row of patches (e, w): begin(e, w), then sink(i, sums) for every vector i of patches,
+  // then end(e, w).
+  template <class Begin, class Sink, class End>
+  void run(const Images<T>& images, const Box& box, Begin begin, Sink sink, End end) {
     const std::int64_t depth = (box.extent(0) - 1) * p.stride[0] + p.patch[0];
     const std::int64_t height = (box.extent(1) - 1) * p.stride[1] + p.patch[1];
+    for (T* rows : staged) std::fill(rows, rows + kChannels * length, T(0));
     for (std::int64_t z = 0; z < depth; ++z) {
-      if (z % p.stride[0] >= p.patch[0]) continue;
+      if (remainder(z, p.stride[0]) >= p.patch[0]) continue;
       for (std::int64_t r = 0; r < height; ++r) {
-        if (r % p.stride[1] >= p.patch[1]) continue;
+        if (remainder(r, p.stride[1]) >= p.patch[1]) continue;
         sum_row(images, z + box.low[0] * p.stride[0] - p.pad[0],
                 r + box.low[1] * p.stride[1] - p.pad[1], box);
-        if (slide.push(z, r, picked, out))
-          emit(box.low[0] + (z - p.patch[0] + 1) / p.stride[0],
-               box.low[1] + (r - p.patch[1] + 1) / p.stride[1]);
+        const bool due = slide.due(z, r);
+        const std::int64_t e = box.low[0] + quotient(z - p.patch[0] + 1, p.stride[0]);
+        const std::int64_t w = box.low[1] + quotient(r - p.patch[1] + 1, p.stride[1]);
+        if (due) begin(e, w);
+        slide.push(z, r, picked, sink);
+        if (due) end(e, w);
       }
     }
   }
 };
 
-// A patch's score, and what its gradient needs. The sums are those of N values; every quantity is
-// kept N times as large, for which nothing need be divided: `inverse` is that of N nx or N vx.
-template <class T>
-struct Scored {
-  VecF64 score, covariance, inverse_x, inverse_y, open_x, open_y;
-};
-
-template <class T, class W>
-inline Scored<T> score_of(const Problem& p, const W* s) {
-  const double n = double(p.channels * p.patch[0] * p.patch[1] * p.patch[2]);
-  const VecF64 count = broadcast<double>(n);
-  Scored<T> r;
-  r.covariance = narrow(s[kXY] * count - s[kX] * s[kY]);
-  const VecF64 x = narrow(s[kXX] * count - s[kX] * s[kX]);
-  const VecF64 y = narrow(s[kYY] * count - s[kY] * s[kY]);
-  if (p.squared) {
-    r.inverse_x = inverse<T>(at_least(x, n * p.eps));
-    r.inverse_y = inverse<T>(at_least(y, n * p.eps));
-    r.open_x = x < n * p.eps ? VecF64{} : r.inverse_x;
-    r.open_y = y < n * p.eps ? VecF64{} : r.inverse_y;
-    r.score = (r.covariance * r.covariance + n * n * p.smooth) * r.inverse_x * r.inverse_y;
-  } else {
-    r.inverse_x = inverse_sqrt<T>(at_least(x, 0) + n * p.eps);
-    r.inverse_y = inverse_sqrt<T>(at_least(y, 0) + n * p.eps);
-    r.score = r.covariance * r.inverse_x * r.inverse_y;
-  }
-  return r;
+inline double values_in(const Problem& p) {
+  return double(p.channels * p.patch[0] * p.patch[1] * p.patch[2]);
 }
 
-template <class Storage>
+// From the sums of a patch of N values to its score. Variances and covariance are kept N times as
+// large, N sum x^2 - (sum x)^2: nothing need be divided, and of integers the difference is exact.
+template <class T, bool kSquared>
+struct Scorer {
+  using W = typename WideOf<T>::type;
+  VecF64 count;
+  double eps, smooth;
+
+  explicit Scorer(const Problem& p)
+      : count(broadcast<double>(values_in(p))),
+        eps(values_in(p) * p.eps),
+        smooth(values_in(p) * values_in(p) * p.smooth) {}
+
+  VecF64 spread(W sum, W square) const { return narrow(square * count - sum * sum); }
+  VecF64 covariance(const W* s) const { return narrow(s[kXY] * count - s[kX] * s[kY]); }
+  VecF64 bounded(VecF64 spread) const {
+    return kSquared ? at_least(spread, eps) : at_least(spread, 0) + eps;
+  }
+
+  VecF64 score(const W* s) const {
+    const VecF64 c = covariance(s);
+    const VecF64 x = bounded(spread(s[kX], s[kXX])), y = bounded(spread(s[kY], s[kYY]));
+    if constexpr (kSquared)
+      return (c * c + smooth) *
+             (sizeof(T) == 4 ? inverse<T>(x * y) : inverse<T>(x) * inverse<T>(y));
+    else
+      return clamp(
+          c * (sizeof(T) == 4 ? inverse_sqrt<T>(x * y) : inverse_sqrt<T>(x) * inverse_sqrt<T>(y)),
+          -1.0, 1.0);
+  }
+
+  // A, Bx and By of a patch, each over N, whose score has the gradient `grad`.
+  struct Weights {
+    VecF64 a, b_x, b_y;
+  };
+  Weights weights(const W* s, VecF64 grad) const {
+    const VecF64 c = covariance(s);
+    const VecF64 spread_x = spread(s[kX], s[kXX]), spread_y = spread(s[kY], s[kYY]);
+    if constexpr (kSquared) {
+      const VecF64 x = inverse<T>(bounded(spread_x)), y = inverse<T>(bounded(spread_y));
+      const VecF64 twice = (grad + grad) * (x * y);
+      const VecF64 b = twice * (c * c + smooth);
+      return {twice * c, spread_x < eps ? VecF64{} : b * x, spread_y < eps ? VecF64{} : b * y};
+    } else {
+      const VecF64 x = inverse_sqrt<T>(bounded(spread_x)), y = inverse_sqrt<T>(bounded(spread_y));
+      const VecF64 a = grad * (x * y);
+      const VecF64 b = grad * (c * (x * y));
+      return {a, b * (x * x), b * (y * y)};
+    }
+  }
+};
+
+template <class T, bool kSquared>
 struct ForwardTile {
-  using T = typename Compute<Storage>::type;
   using W = typename WideOf<T>::type;
 
   const pncc::Forward& p;
-  Windows<Storage> windows;
+  Windows<T> windows;
   T* row;
-  double* sums;
 
   ForwardTile(const pncc::Forward& params, const Box& box, Arena* arena)
       : p(params), windows(params, box, arena) {
@@ -421,27 +649,24 @@ struct ForwardTile {
     const std::int64_t plane = task / p.tiles_per_group();
     const std::int64_t b = plane / p.groups, g = plane % p.groups;
     const Box box = tile_box(p, task % p.tiles_per_group(), p.count);
-    const Images<Storage> images(p, b, g);
-    const std::int64_t width = windows.width, n = box.extent(2);
+    const Images<T> images(p, b, g, box);
+    const Scorer<T, kSquared> scorer(p);
+    const std::int64_t n = box.extent(2), m = whole_vectors(n);
     W total{};
-    windows.run(images, box, [&](std::int64_t e, std::int64_t w) {
-      for (std::int64_t i = 0; i < width; i += kLane) {
-        W s[kSums];
-        for (int k = 0; k < kSums; ++k)
-          s[k] = load_wide<W>(windows.out + k * width + i, kSums * width);
-        VecF64 score = score_of<T>(p, s).score;
-        if (!p.squared) score = clamp(score, -1.0, 1.0);
-        store_double(row + i, score);
-      }
+    const auto begin = [](std::int64_t, std::int64_t) {};
+    const auto score =
+        [scorer, to = row](std::int64_t i, const W* sums)
+            __attribute__((always_inline)) { store_double(to + i, scorer.score(sums)); };
+    windows.run(images, box, begin, score, [&](std::int64_t e, std::int64_t w) {
       if (p.reduced) {
-        std::fill(row + n, row + width, T(0));
-        for (std::int64_t i = 0; i < width; i += kLane)
+        std::fill(row + n, row + m, T(0));
+        for (std::int64_t i = 0; i < m; i += kLane)
           total = total + difference<W>(load_as_double(row + i), VecF64{});
       } else {
-        scatter(row, n,
-                static_cast<Storage*>(p.scores) + b * p.score_stride[0] + g * p.score_stride[1] +
-                    e * p.score_stride[2] + w * p.score_stride[3] + box.low[2] * p.score_stride[4],
-                p.score_stride[4]);
+        write_row(p.dtype, row, n, p.scores,
+                  b * p.score_stride[0] + g * p.score_stride[1] + e * p.score_stride[2] +
+                      w * p.score_stride[3] + box.low[2] * p.score_stride[4],
+                  p.score_stride[4]);
       }
     });
     if (p.reduced) {
@@ -453,129 +678,103 @@ struct ForwardTile {
   }
 };
 
-template <class Storage>
+// kFields: A, then B and C of the gradient to y, and with five those of the gradient to x.
+template <class T, bool kSquared, int kFields>
 struct BackwardTile {
-  using T = typename Compute<Storage>::type;
   using W = typename WideOf<T>::type;
-  // Coefficients of the patches: A, then B and C of either gradient.
-  static constexpr int kMost = 5;
 
   const pncc::Backward& p;
-  Windows<Storage> windows;
-  int fields;
-  std::int64_t span;   // columns from the first patch that may hold a pixel to the last
-  std::int64_t width;  // pixels in a row, rounded up
-  T *grad, *staged[2], *result;
-  double *coefficients, *spread, *along, *zeros, *out;
-  Slide2d<W> slide;
+  Windows<T> windows;
+  std::int64_t span;   // columns from the first patch that may hold a pixel to the last pixel,
+                       // and those that vectors may touch
+  std::int64_t width;  // pixels in a row, moved by less than a vector and rounded up
+  std::int64_t moved;  // by so much, for coefficients to be stored at whole vectors
+  T *grad, *staged[2], *result[2];
+  double *coefficients, *spread, *along, *zeros;
+  Slide2d<W, kFields> slide;
 
   BackwardTile(const pncc::Backward& params, const Box& patches, const Box& pixels, Arena* arena)
       : p(params), windows(params, patches, arena) {
-    fields = p.grad_image[1 - p.target] == nullptr ? 3 : 5;
-    width = whole_vectors(pixels.extent(2));
-    span = width + whole_vectors(p.patch[2]) + kLane;
+    width = whole_vectors(pixels.extent(2) + (p.patch[2] > 1 ? kLane - 1 : 0));
+    span = width + 2 * whole_vectors(p.patch[2]) + kReadAhead;
     grad = arena->take_as<T>(windows.width + kLanes<T>);
     for (T*& row : staged) row = arena->take_as<T>(width + kLanes<T>);
-    result = arena->take_as<T>(width + kLanes<T>);
-    coefficients = arena->take(fields * windows.width * kPlanes<W>);
-    spread = arena->take(fields * span * kPlanes<W>);
-    along = arena->take(fields * width * kPlanes<W>);
-    zeros = arena->take(fields * width * kPlanes<W>);
-    out = arena->take(fields * width * kPlanes<W>);
+    for (T*& row : result) row = arena->take_as<T>(width + kLanes<T>);
+    spread = arena->take(kFields * span * kPlanes<W>);
+    coefficients = p.stride[2] == 1 ? nullptr : arena->take(kFields * windows.width * kPlanes<W>);
+    along = arena->take(kFields * width * kPlanes<W>);
+    zeros = arena->take(kFields * width * kPlanes<W>);
     constexpr std::int64_t kOnes[kDims] = {1, 1, 1};
-    slide.place(arena, p.patch, kOnes, pixels.extent(1), fields * width);
+    slide.place(arena, p.patch, kOnes, pixels.extent(1), width);
   }
 
-  void coefficients_of_row(const Box& patches, std::int64_t b, std::int64_t g, std::int64_t e,
-                           std::int64_t w) {
-    const std::int64_t n = patches.extent(2), m = windows.width, plane = fields * m;
-    const Storage* const from = static_cast<const Storage*>(p.grad) + b * p.score_stride[0];
+  void read_gradient(const Box& patches, std::int64_t b, std::int64_t g, std::int64_t e,
+                     std::int64_t w) {
+    const std::int64_t n = patches.extent(2), m = whole_vectors(n);
     if (p.reduced) {
       // A sum's gradient has the type of the arithmetic, a score's that of the images.
-      const T sum_grad = static_cast<const T*>(p.grad)[b * p.score_stride[0]];
-      std::fill(grad, grad + m, T(double(sum_grad) * p.scale));
+      std::fill(grad, grad + n,
+                T(double(static_cast<const T*>(p.grad)[b * p.score_stride[0]]) * p.scale));
     } else {
-      gather(from + g * p.score_stride[1] + e * p.score_stride[2] + w * p.score_stride[3] +
-                 patches.low[2] * p.score_stride[4],
-             p.score_stride[4], n, grad);
-      std::fill(grad + n, grad + m, T(0));
+      read_row(p.dtype, p.grad,
+               b * p.score_stride[0] + g * p.score_stride[1] + e * p.score_stride[2] +
+                   w * p.score_stride[3] + patches.low[2] * p.score_stride[4],
+               p.score_stride[4], n, grad);
     }
     // A patch of one value has no gradient, to the last bit.
-    if (p.channels * p.patch[0] * p.patch[1] * p.patch[2] == 1)
-      for (std::int64_t i = 0; i < m; ++i) grad[i] *= 0;
-    const int t = p.target;
-    for (std::int64_t i = 0; i < m; i += kLane) {
-      W s[kSums];
-      for (int k = 0; k < kSums; ++k) s[k] = load_wide<W>(windows.out + k * m + i, kSums * m);
-      const Scored<T> r = score_of<T>(p, s);
-      const VecF64 upstream = load_as_double(grad + i);
-      VecF64 a, b_x, b_y;
-      if (p.squared) {
-        const VecF64 twice = upstream + upstream;
-        a = twice * r.covariance * r.inverse_x * r.inverse_y;
-        b_x = twice * r.score * r.open_x;
-        b_y = twice * r.score * r.open_y;
-      } else {
-        a = upstream * r.inverse_x * r.inverse_y;
-        b_x = upstream * r.score * r.inverse_x * r.inverse_x;
-        b_y = upstream * r.score * r.inverse_y * r.inverse_y;
-      }
-      const auto put = [&](int f, W value) { store_wide(coefficients + f * m + i, plane, value); };
-      // With `own` the image that the gradient is for and `other` the other one.
-      const auto pair = [&](int f, VecF64 b_own, W own, W other) {
-        put(f, difference<W>(b_own, VecF64{}));
-        put(f + 1, own * b_own - other * a);
-      };
-      put(0, difference<W>(a, VecF64{}));
-      pair(1, t == 0 ? b_x : b_y, s[t == 0 ? kX : kY], s[t == 0 ? kY : kX]);
-      if (fields == 5) pair(3, t == 0 ? b_y : b_x, s[t == 0 ? kY : kX], s[t == 0 ? kX : kY]);
-    }
+    if (values_in(p) == 1)
+      for (std::int64_t i = 0; i < n; ++i) grad[i] *= 0;
+    std::fill(grad + n, grad + m, T(0));
   }
 
-  // Sums over the patches that hold a pixel: windows of the coefficients, each at its patch's first
-  // column and zeros between.
-  void spread_row(const Box& patches, const Box& pixels) {
-    const std::int64_t origin = pixels.low[2] + p.pad[2] - p.patch[2] + 1;
-    const std::int64_t plane = fields * span, m = windows.width;
-    for (int f = 0; f < fields * kPlanes<W>; ++f) {
+  // Moves the coefficients of strided patches to their first columns; clears all other columns.
+  void clear_between(std::int64_t lead, std::int64_t n) {
+    const std::int64_t used = width + p.patch[2] - 1;
+    for (int f = 0; f < kFields * kPlanes<W>; ++f) {
       double* const to = spread + f * span;
-      std::fill(to, to + span, 0.0);
-      double* const at = to + (patches.low[2] * p.stride[2] - origin);
-      for (std::int64_t i = 0; i < patches.extent(2); ++i)
-        at[i * p.stride[2]] = coefficients[f * m + i];
+      if (p.stride[2] == 1) {
+        std::fill(to, to + lead, 0.0);
+        std::fill(to + lead + n, to + used, 0.0);
+      } else {
+        std::fill(to, to + used, 0.0);
+        const double* const from = coefficients + f * windows.width;
+        for (std::int64_t i = 0; i < n; ++i) to[lead + i * p.stride[2]] = from[i];
+      }
     }
-    for (int f = 0; f < fields; ++f)
-      sum_along_row<W>(spread + f * span, plane, p.patch[2], width, along + f * width,
-                       fields * width);
   }
 
-  void pixel_row(const Images<Storage>& images, const Box& pixels, std::int64_t b, std::int64_t g,
-                 std::int64_t z, std::int64_t r) {
-    const double n = double(p.channels * p.patch[0] * p.patch[1] * p.patch[2]);
-    const std::int64_t count = pixels.extent(2), plane = fields * width;
+  // The gradients of one row of pixels of the group; sums(i, s) loads those of vector i.
+  void pixel_row(const Images<T>& images, const Box& pixels, std::int64_t b, std::int64_t g,
+                 std::int64_t z, std::int64_t r, const double* held) {
+    const VecF64 count = broadcast<double>(values_in(p));
+    const std::int64_t n = pixels.extent(2), m = whole_vectors(n + moved);
+    const std::int64_t step = width, plane = kFields * step;
     for (std::int64_t c = 0; c < p.channels; ++c) {
       for (int k = 0; k < 2; ++k)
-        images.row(k, c, z, r, pixels.low[2] + p.pad[2], count, width, staged[k]);
-      for (int k = 0; k < 2; ++k) {
-        const int own = k == 0 ? p.target : 1 - p.target;
-        if (p.grad_image[own] == nullptr) continue;
-        const int f = 1 + 2 * k;
-        for (std::int64_t i = 0; i < width; i += kLane) {
-          const auto sum = [&](int field) { return load_wide<W>(out + field * width + i, plane); };
-          const auto value = [&](int image) {
-            return difference<W>(load_as_double(staged[image] + i),
-                                 broadcast<double>(images.pivots[image]));
-          };
-          const W a = sum(0), b_own = sum(f);
-          const W direct = in_patch(value(1 - own), a) * a - in_patch(value(own), b_own) * b_own;
-          store_double(result + i, narrow(direct * broadcast<double>(n) + sum(f + 1)));
+        images.row(k, c, z, r, pixels.low[2] + p.pad[2], n, staged[k] + moved);
+      const T *const from_x = staged[0], *const from_y = staged[1];
+      T *const to_x = result[0], *const to_y = result[1];
+      const VecF64 x_pivot = broadcast<double>(images.pivots[0]);
+      const VecF64 y_pivot = broadcast<double>(images.pivots[1]);
+      for (std::int64_t i = 0; i < m; i += kLane) {
+        W s[kFields];
+        for (int f = 0; f < kFields; ++f) s[f] = load_wide<W>(held + f * step + i, plane);
+        const W x = difference<W>(load_as_double(from_x + i), x_pivot);
+        const W y = difference<W>(load_as_double(from_y + i), y_pivot);
+        const W by_y = in_patch(x, s[0]) * s[0] - in_patch(y, s[1]) * s[1];
+        store_double(to_y + i, narrow(by_y * count + s[2]));
+        if constexpr (kFields == 5) {
+          const W by_x = in_patch(y, s[0]) * s[0] - in_patch(x, s[3]) * s[3];
+          store_double(to_x + i, narrow(by_x * count + s[4]));
         }
-        const std::int64_t* const stride = p.grad_image_stride[own];
-        scatter(result, count,
-                static_cast<Storage*>(p.grad_image[own]) + b * stride[0] +
-                    (g * p.channels + c) * stride[1] + z * stride[2] + r * stride[3] +
-                    pixels.low[2] * stride[4],
-                stride[4]);
+      }
+      for (int k = 0; k < 2; ++k) {
+        if (p.grad_image[k] == nullptr) continue;
+        const std::int64_t* const stride = p.grad_image_stride[k];
+        write_row(p.dtype, result[k] + moved, n, p.grad_image[k],
+                  b * stride[0] + (g * p.channels + c) * stride[1] + z * stride[2] + r * stride[3] +
+                      pixels.low[2] * stride[4],
+                  stride[4]);
       }
     }
   }
@@ -594,30 +793,65 @@ struct BackwardTile {
     const std::int64_t b = group / p.groups, g = group % p.groups;
     const Box pixels = tile_box(p, task % p.tiles_per_group(), p.size);
     const Box patches = patches_over(p, pixels);
-    const Images<Storage> images(p, b, g);
-    std::fill(zeros, zeros + fields * width * kPlanes<W>, 0.0);
+    const Images<T> images(p, b, g, patches);
+    const Scorer<T, kSquared> scorer(p);
+    std::fill(zeros, zeros + kFields * width * kPlanes<W>, 0.0);
 
-    // Rows and planes are counted from the first that may hold a patch's first pixel.
-    const std::int64_t origin_z = pixels.low[0] + p.pad[0] - p.patch[0] + 1;
-    const std::int64_t origin_r = pixels.low[1] + p.pad[1] - p.patch[1] + 1;
+    // Columns, rows and planes are counted from the first that may hold a patch's first pixel.
+    std::int64_t origin[kDims];
+    for (int d = 0; d < kDims; ++d) origin[d] = pixels.low[d] + p.pad[d] - p.patch[d] + 1;
+    const std::int64_t first = patches.low[2] * p.stride[2] - origin[2];
+    const std::int64_t lead = whole_vectors(first);
+    moved = lead - first;
     const std::int64_t depth = pixels.extent(0) + p.patch[0] - 1;
     const std::int64_t height = pixels.extent(1) + p.patch[1] - 1;
     std::int64_t next_z = 0, next_r = 0;
+    double* const held = along;  // a row of sums takes the place of what it was made from
+    const auto hold = [held, step = width](std::int64_t i, const W* sums)
+                          __attribute__((always_inline)) {
+                            for (int f = 0; f < kFields; ++f)
+                              store_wide(held + f * step + i, kFields * step, sums[f]);
+                          };
     const auto push = [&](const double* row) {
-      if (slide.push(next_z, next_r, row, out))
+      const bool due = slide.due(next_z, next_r);
+      slide.push(next_z, next_r, row, hold);
+      if (due)
         pixel_row(images, pixels, b, g, pixels.low[0] + next_z - p.patch[0] + 1,
-                  pixels.low[1] + next_r - p.patch[1] + 1);
+                  pixels.low[1] + next_r - p.patch[1] + 1, held);
       if (++next_r == height) {
         next_r = 0;
         ++next_z;
       }
     };
-    if (patches.extent(0) > 0 && patches.extent(1) > 0 && patches.extent(2) > 0)
-      windows.run(images, patches, [&](std::int64_t e, std::int64_t w) {
-        const std::int64_t z = e * p.stride[0] - origin_z, r = w * p.stride[1] - origin_r;
-        while (next_z < z || next_r < r) push(zeros);
-        coefficients_of_row(patches, b, g, e, w);
-        spread_row(patches, pixels);
+
+    const std::int64_t n = patches.extent(2), vectors = whole_vectors(n);
+    const bool dense = p.stride[2] == 1;
+    double* const to = dense ? spread + lead : coefficients;
+    const std::int64_t step = dense ? span : windows.width;
+    const auto begin = [&](std::int64_t e, std::int64_t w) {
+      const std::int64_t z = e * p.stride[0] - origin[0], r = w * p.stride[1] - origin[1];
+      while (next_z < z || next_r < r) push(zeros);
+      read_gradient(patches, b, g, e, w);
+    };
+    const auto weigh = [scorer, to, step, vectors, from = grad](std::int64_t i, const W* s)
+                           __attribute__((always_inline)) {
+                             if (i >= vectors) return;
+                             const auto weights = scorer.weights(s, load_as_double(from + i));
+                             const auto put = [&](int f, W value) __attribute__((always_inline)) {
+                               store_wide(to + f * step + i, kFields * step, value);
+                             };
+                             put(0, difference<W>(weights.a, VecF64{}));
+                             put(1, difference<W>(weights.b_y, VecF64{}));
+                             put(2, s[kY] * weights.b_y - s[kX] * weights.a);
+                             if constexpr (kFields == 5) {
+                               put(3, difference<W>(weights.b_x, VecF64{}));
+                               put(4, s[kX] * weights.b_x - s[kY] * weights.a);
+                             }
+                           };
+    if (patches.extent(0) > 0 && patches.extent(1) > 0 && n > 0)
+      windows.run(images, patches, begin, weigh, [&](std::int64_t, std::int64_t) {
+        clear_between(lead, n);
+        sum_along_rows<W>(spread, span, p.patch[2], width, along, width, kFields);
         push(along);
       });
     while (next_z < depth) push(zeros);
@@ -642,38 +876,50 @@ inline Box most_patches(const Problem& p, const Box& pixels) {
   return box;
 }
 
-std::int64_t pncc_forward_scratch(const pncc::Forward& params) {
+// Calls body(tile) with a thread's tile of the right kind, on its scratch memory.
+template <class Body>
+inline void visit_tile(const pncc::Forward& p, Arena* arena, Body body) {
+  const Box box = whole_tile(p, p.count);
+  const auto as = [&]<class T, bool kSquared>() {
+    ForwardTile<T, kSquared> tile(p, box, arena);
+    body(tile);
+  };
+  if (p.dtype == DType::kFloat64)
+    p.squared ? as.template operator()<double, true>() : as.template operator()<double, false>();
+  else
+    p.squared ? as.template operator()<float, true>() : as.template operator()<float, false>();
+}
+template <class Body>
+inline void visit_tile(const pncc::Backward& p, Arena* arena, Body body) {
+  const Box pixels = whole_tile(p, p.size);
+  const Box patches = most_patches(p, pixels);
+  const auto as = [&]<class T, bool kSquared, int kFields>() {
+    BackwardTile<T, kSquared, kFields> tile(p, patches, pixels, arena);
+    body(tile);
+  };
+  const auto of = [&]<class T, bool kSquared>() {
+    if (p.grad_image[0] == nullptr)
+      as.template operator()<T, kSquared, 3>();
+    else
+      as.template operator()<T, kSquared, 5>();
+  };
+  if (p.dtype == DType::kFloat64)
+    p.squared ? of.template operator()<double, true>() : of.template operator()<double, false>();
+  else
+    p.squared ? of.template operator()<float, true>() : of.template operator()<float, false>();
+}
+
+template <class Params>
+std::int64_t pncc_scratch(const Params& params) {
   Arena arena{nullptr};
-  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
-    ForwardTile<Storage>(params, whole_tile(params, params.count), &arena);
-  });
+  visit_tile(params, &arena, [](auto&) {});
   return arena.used;
 }
 
-std::int64_t pncc_backward_scratch(const pncc::Backward& params) {
-  Arena arena{nullptr};
-  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
-    const Box pixels = whole_tile(params, params.size);
-    BackwardTile<Storage>(params, most_patches(params, pixels), pixels, &arena);
-  });
-  return arena.used;
-}
-
-void pncc_forward(const pncc::Forward& params, std::int64_t begin, std::int64_t end,
-                  double* scratch) {
-  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
-    Arena arena{scratch};
-    ForwardTile<Storage> tile(params, whole_tile(params, params.count), &arena);
-    for (std::int64_t task = begin; task < end; ++task) tile.run(task);
-  });
-}
-
-void pncc_backward(const pncc::Backward& params, std::int64_t begin, std::int64_t end,
-                   double* scratch) {
-  visit_storage(params.dtype, [&]<class Storage>(Storage*) {
-    Arena arena{scratch};
-    const Box pixels = whole_tile(params, params.size);
-    BackwardTile<Storage> tile(params, most_patches(params, pixels), pixels, &arena);
+template <class Params>
+void pncc_run(const Params& params, std::int64_t begin, std::int64_t end, double* scratch) {
+  Arena arena{scratch};
+  visit_tile(params, &arena, [&](auto& tile) {
     for (std::int64_t task = begin; task < end; ++task) tile.run(task);
   });
 }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -129,9 +130,20 @@ inline auto load(const Storage* from) {
 }
 template <class Storage>
 inline auto load(const Storage* from, int count) {
-  typename Memory<Storage>::Raw raw{};
+  using Raw = typename Memory<Storage>::Raw;
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(Storage) == 8)
+    return Memory<Storage>::widen(bit_cast<Raw>(_mm512_maskz_loadu_pd(__mmask8(mask), from)));
+  else if constexpr (sizeof(Storage) == 4)
+    return Memory<Storage>::widen(bit_cast<Raw>(_mm512_maskz_loadu_ps(__mmask16(mask), from)));
+  else
+    return Memory<Storage>::widen(bit_cast<Raw>(_mm256_maskz_loadu_epi16(__mmask16(mask), from)));
+#else
+  Raw raw{};
   std::memcpy(&raw, from, std::size_t(count) * sizeof(Storage));
   return Memory<Storage>::widen(raw);
+#endif
 }
 template <class Storage, class V>
 inline void store(Storage* to, V x) {
@@ -141,7 +153,17 @@ inline void store(Storage* to, V x) {
 template <class Storage, class V>
 inline void store(Storage* to, V x, int count) {
   const auto raw = Memory<Storage>::narrow(x);
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(Storage) == 8)
+    _mm512_mask_storeu_pd(to, __mmask8(mask), bit_cast<__m512d>(raw));
+  else if constexpr (sizeof(Storage) == 4)
+    _mm512_mask_storeu_ps(to, __mmask16(mask), bit_cast<__m512>(raw));
+  else
+    _mm256_mask_storeu_epi16(to, __mmask16(mask), bit_cast<__m256i>(raw));
+#else
   std::memcpy(to, &raw, std::size_t(count) * sizeof(Storage));
+#endif
 }
 
 template <class T>
@@ -191,12 +213,15 @@ template <>
 struct Exp<float> {
   using Bits = VecI32;
   static constexpr int kMantissa = 23;
-  static constexpr float kRound = 0x1.8p23f + 127;
+  static constexpr float kBias = 127, kRound = 0x1.8p23f + kBias;
+  // Beyond +-kReach exp is infinite or zero, from kOverflow its half is infinite, and below
+  // -kOneHides it is lost beside one.
+  static constexpr float kReach = 110, kOverflow = 89.7f, kOneHides = 30;
 #if defined(__FMA__)
   // n times this constant enters a sum unrounded, and is off by 2e-9 n at most.
-  static constexpr float kLn2High = 0.693147182f, kLn2Low = 0;
+  static constexpr float kLn2High = 0.693147182f, kLn2Low = 0, kLn2Rest = -1.90465421e-9f;
 #else
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLn2Rest = kLn2Low;
 #endif
   static constexpr float kQ[] = {0.001393365f, 0.00836915567f, 0.0416664649f,
                                  0.166665052f, 0.500000001f,   1.00000001f};
@@ -205,8 +230,10 @@ template <>
 struct Exp<double> {
   using Bits = VecI64;
   static constexpr int kMantissa = 52;
-  static constexpr double kRound = 0x1.8p52 + 1023;
+  static constexpr double kBias = 1023, kRound = 0x1.8p52 + kBias;
+  static constexpr double kReach = 750, kOverflow = 710.7, kOneHides = 50;
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kLn2Rest = kLn2Low;
   static constexpr double kQ[] = {2.5105217004720745e-8,
                                   2.7626371065696356e-7,
                                   2.7557255400206424e-6,
@@ -240,6 +267,67 @@ inline void exp_parts(Vec<T> x, Vec<T>* em1, Vec<T>* scale) {
   }
   *em1 = r * q;
   *scale = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
+}
+
+// exp(A x), A = 1 or -1, over the whole range: infinite, subnormal and zero as it should be.
+template <class T, int A>
+inline Vec<T> exp(Vec<T> x) {
+  using K = Exp<T>;
+  constexpr T kRound = K::kRound + K::kBias;
+  const Vec<T> held = clamp(x, -K::kReach, K::kReach);
+  const Vec<T> shifted = held * T(A * 1.4426950408889634) + kRound;
+  const Vec<T> n = shifted - kRound;
+  const Vec<T> r = ((A < 0 ? -held : held) - n * K::kLn2High) - n * K::kLn2Rest;
+  Vec<T> q = broadcast<T>(K::kQ[0]);
+  for (std::size_t k = 1; k < std::size(K::kQ); ++k) q = q * r + K::kQ[k];
+  const Vec<T> result = r * q + T(1);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return bit_cast<Vec<T>>(
+        _mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(result), bit_cast<__m512>(n)));
+  else
+    return bit_cast<Vec<T>>(
+        _mm512_maskz_scalef_pd(0xff, bit_cast<__m512d>(result), bit_cast<__m512d>(n)));
+#else
+  // 2^n may be out of range where the result isn't: two factors, of n plus twice the bias.
+  const auto bits = bit_cast<typename K::Bits>(shifted);
+  const auto half = bits >> 1;
+  return result * bit_cast<Vec<T>>(half << K::kMantissa) *
+         bit_cast<Vec<T>>((bits - half) << K::kMantissa);
+#endif
+}
+
+// (exp(x) - 1 - x) / 2 without cancellation: with x = n ln(2) + r and exp(r) = 1 + r + r^2 p(r) it
+// is 2^(n-1) r^2 p(r) + (2^(n-1) - 1/2) (1 + r) - n ln(2) / 2, which for n = 0 is r^2 p(r) / 2.
+template <class T>
+inline Vec<T> half_exp_excess(Vec<T> x) {
+  using K = Exp<T>;
+  constexpr T kRound = K::kRound - 1;
+  const Vec<T> held = clamp(x, -K::kOneHides, K::kOverflow);
+  const Vec<T> shifted = held * T(1.4426950408889634) + kRound;
+  const Vec<T> n = shifted - kRound;
+  const Vec<T> r = (held - n * K::kLn2High) - n * K::kLn2Rest;
+  Vec<T> p = broadcast<T>(K::kQ[0]);
+  for (std::size_t k = 1; k + 1 < std::size(K::kQ); ++k) p = p * r + K::kQ[k];
+  const Vec<T> half_power = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
+  const Vec<T> rest = (half_power - T(0.5)) * (r + T(1)) - n * T(0.34657359027997264);
+  return r * r * p * half_power + rest + (held - x) * T(0.5);
+}
+
+// exp(2x) - 1, accurate relative to itself; infinite where exp(2x) is.
+template <class T>
+inline Vec<T> expm1_twice(Vec<T> x) {
+  using K = Exp<T>;
+  constexpr T kRound = K::kRound - 1;
+  const Vec<T> held = clamp(x + x, -K::kOneHides, K::kOverflow);
+  const Vec<T> shifted = held * T(1.4426950408889634) + kRound;
+  const Vec<T> n = shifted - kRound;
+  const Vec<T> r = (held - n * K::kLn2High) - n * K::kLn2Rest;
+  Vec<T> q = broadcast<T>(K::kQ[0]);
+  for (std::size_t k = 1; k < std::size(K::kQ); ++k) q = q * r + K::kQ[k];
+  const Vec<T> half_power = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
+  const Vec<T> half = r * q * half_power + (half_power - T(0.5));
+  return half + half;
 }
 
 // sigmoid(x) = 1 / (1 + e) with e = exp(-x), and its derivative is e sigmoid(x)^2, without the
@@ -287,6 +375,115 @@ inline TanhParts<T> tanh_parts(Vec<T> x) {
   return {held == x ? exp : Vec<T>{}, numerator, numerator + T(2)};
 }
 
+// log(1 + e) for e in [0, 1] is 2 atanh(w), with w = e / (2 + e) in [0, 1/3], and
+// atanh(w) = w + w^3 p(w^2). The near-minimax coefficients of p, highest power first, leave a
+// relative error of 5.4e-9 and 5.1e-17.
+template <class T>
+constexpr T kAtanh[] = {0.140060052f, 0.140009001f, 0.200107634f, 0.333332092f};
+template <>
+constexpr double kAtanh<double>[] = {0.08869882661925295, 0.04951408937344817, 0.06793157427924132,
+                                     0.07682147731547198, 0.09091407038001621, 0.11111096452272821,
+                                     0.14285714528999396, 0.1999999999802485,  0.3333333333333885};
+
+template <class T>
+inline Vec<T> twice_atanh(Vec<T> w) {
+  const Vec<T> square = w * w;
+  Vec<T> p = broadcast<T>(kAtanh<T>[0]);
+  for (std::size_t k = 1; k < std::size(kAtanh<T>); ++k) p = p * square + kAtanh<T>[k];
+  const Vec<T> twice = w + w;
+  return twice * square * p + twice;
+}
+
+// atan(x) for |x| > 1 is pi/2 - atan(1 / x), and below atan(t) = t + t^3 p(t^2). The near-minimax
+// coefficients of p leave a relative error of 9.1e-9 and 3.7e-17.
+template <class T>
+constexpr T kAtan[] = {-0.00179362716f, 0.0109146331f,  -0.0311779026f,
+                       0.0579576567f,   -0.0840345472f, 0.109521873f,
+                       -0.142642424f,   0.199985489f,   -0.333332986f};
+template <>
+constexpr double kAtan<double>[] = {
+    -2.0258404332964542e-05, 0.0002230210017870163, -0.0011640657037916386, 0.003855958897341685,
+    -0.009184530373453598,   0.016977998455149475,  -0.025826760786267066,  0.03406778480445268,
+    -0.04092636780842918,    0.04673949000864856,   -0.05239232807318931,   0.05877307725104268,
+    -0.0666586035530049,     0.0769221292964696,    -0.09090901235332983,   0.11111110678747181,
+    -0.14285714271334835,    0.19999999999755022,   -0.3333333333333186};
+
+template <class T>
+struct Atan {
+  Vec<T> value, derivative;
+};
+template <class T>
+inline Atan<T> atan(Vec<T> x) {
+  constexpr T kHalfPi = T(1.5707963267948966);
+  // Beyond 1e30 the arctangent is pi/2; so infinity, too, has a reciprocal that is a number.
+  const Vec<T> held = clamp(x, T(-1e30), T(1e30));
+  const Vec<T> magnitude = held < T(0) ? -held : held;
+  const auto steep = magnitude > T(1);
+  const Vec<T> inverse = reciprocal(steep ? magnitude : broadcast<T>(1));
+  const Vec<T> t = steep ? inverse : magnitude;
+  const Vec<T> square = t * t;
+  Vec<T> p = broadcast<T>(kAtan<T>[0]);
+  for (std::size_t k = 1; k < std::size(kAtan<T>); ++k) p = p * square + kAtan<T>[k];
+  const Vec<T> low = t * square * p + t;
+  const Vec<T> value = steep ? kHalfPi - low : low;
+  // 1 / (1 + x^2), whose denominator would overflow, as t^2 / (1 + t^2).
+  const Vec<T> slope = reciprocal(square + T(1));
+  return {held < T(0) ? -value : value, steep ? square * slope : slope};
+}
+
+// The first `count` lanes; the others are zero.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> x, int count) {
+  T lane[kLanes<T>];
+  for (int j = 0; j < kLanes<T>; ++j) lane[j] = T(j);
+  Vec<T> number;
+  std::memcpy(&number, lane, sizeof(number));
+  return number < T(count) ? x : Vec<T>{};
+}
+
+template <class T, int kBytes>
+struct Lanes {
+  using type __attribute__((vector_size(kBytes))) = T;
+};
+
+// The sum of `kBytes` of doubles, by halves.
+template <int kBytes>
+inline double add_lanes(typename Lanes<double, kBytes>::type x) {
+  if constexpr (kBytes == 2 * sizeof(double)) {
+    return x[0] + x[1];
+  } else {
+    typename Lanes<double, kBytes / 2>::type half[2];
+    std::memcpy(half, &x, sizeof(x));
+    return add_lanes<kBytes / 2>(half[0] + half[1]);
+  }
+}
+inline VecF64 to_double(VecF64 x) { return x; }
+inline VecF64 to_double(VecF32 x) {
+  Lanes<float, kVectorBytes / 2>::type half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return __builtin_convertvector(half[0], VecF64) + __builtin_convertvector(half[1], VecF64);
+}
+
+// A running sum with what rounding takes from it (Kahan): terms of either sign may leave a result
+// far smaller than the sum was on the way.
+template <class T>
+class RunningSum {
+ public:
+  void add(Vec<T> x) {
+    const Vec<T> next = sum_ + x;
+    lost_ += (sum_ - next) + x;
+    sum_ = next;
+  }
+  double value() const {
+    // Infinity has lost NaN.
+    const Vec<T> lost = lost_ == lost_ ? lost_ : Vec<T>{};
+    return add_lanes<kVectorBytes>(to_double(sum_) + to_double(lost));
+  }
+
+ private:
+  Vec<T> sum_{}, lost_{};
+};
+
 // An input that may be absent, which stands for zeros; reading it takes no branch either way.
 template <class Storage>
 struct OrZeros {
@@ -307,64 +504,92 @@ struct OrZeros {
   }
 };
 
-// Walks [begin, end) of the operands' index space in runs along the innermost dimension and calls
-// body(pointers, count) with unit-stride pointers. Operands with another innermost stride are
-// gathered to and scattered from a small buffer; absent ones stay null.
+// A place in the operands' index space that moves on in runs along the innermost dimension, with
+// unit-stride pointers. Operands with another innermost stride are gathered to and scattered from
+// a small buffer; absent ones stay null.
+template <class Storage, class Operands>
+class Walk {
+ public:
+  __attribute__((noinline)) void start(const Operands& operands, std::int64_t position) {
+    const int inner = operands.dims - 1;
+    for (std::int64_t& each : offset_) each = 0;
+    for (std::int64_t d = inner, rest = position; d >= 0; --d) {
+      index_[d] = rest % operands.size[d];
+      rest /= operands.size[d];
+      for (int k = 0; k < kOperands; ++k)
+        if (operands.data[k] != nullptr) offset_[k] += index_[d] * operands.stride[k][d];
+    }
+    longest_ = operands.size[inner];
+    for (int k = 0; k < kOperands; ++k) {
+      gathered_[k] = operands.data[k] != nullptr && operands.stride[k][inner] != 1;
+      if (gathered_[k] && longest_ > kRun) longest_ = kRun;
+    }
+  }
+
+  // Points at the next run and returns its length, `limit` at most.
+  __attribute__((noinline)) std::int64_t next(const Operands& operands, std::int64_t limit,
+                                              Storage** pointers) {
+    const int inner = operands.dims - 1;
+    std::int64_t count = operands.size[inner] - index_[inner];
+    if (count > longest_) count = longest_;
+    if (count > limit) count = limit;
+    for (int k = 0; k < kOperands; ++k) {
+      Storage* from = static_cast<Storage*>(operands.data[k]);
+      pointers[k] = gathered_[k] ? buffer_[k] : from == nullptr ? from : from + offset_[k];
+      if (!gathered_[k] || k >= Operands::kInputs) continue;
+      const std::int64_t stride = operands.stride[k][inner];
+      from += offset_[k];
+      if (stride == 0)
+        for (std::int64_t j = 0; j < count; ++j) buffer_[k][j] = *from;
+      else
+        for (std::int64_t j = 0; j < count; ++j) buffer_[k][j] = from[j * stride];
+    }
+    return count;
+  }
+
+  // Writes out what the run has put in the buffer and moves past it.
+  __attribute__((noinline)) void finish(const Operands& operands, std::int64_t count) {
+    const int inner = operands.dims - 1;
+    for (int k = Operands::kInputs; k < kOperands; ++k) {
+      if (!gathered_[k]) continue;
+      const std::int64_t stride = operands.stride[k][inner];
+      Storage* to = static_cast<Storage*>(operands.data[k]) + offset_[k];
+      for (std::int64_t j = 0; j < count; ++j) to[j * stride] = buffer_[k][j];
+    }
+    index_[inner] += count;
+    for (int k = 0; k < kOperands; ++k)
+      if (operands.data[k] != nullptr) offset_[k] += count * operands.stride[k][inner];
+    for (int d = inner; d > 0 && index_[d] == operands.size[d]; --d) {
+      index_[d] = 0;
+      ++index_[d - 1];
+      for (int k = 0; k < kOperands; ++k)
+        if (operands.data[k] != nullptr)
+          offset_[k] += operands.stride[k][d - 1] - operands.size[d] * operands.stride[k][d];
+    }
+  }
+
+ private:
+  static constexpr int kOperands = Operands::kOperands;
+  static constexpr std::int64_t kRun = 256;
+  Storage buffer_[kOperands][kRun];
+  std::int64_t index_[kMaxDims];
+  std::int64_t offset_[kOperands];
+  std::int64_t longest_;
+  bool gathered_[kOperands];
+};
+
+// Walks [begin, end) of the operands' index space and calls body(pointers, count) for each run.
 template <class Storage, class Operands, class Body>
 inline void for_each_run(const Operands& operands, std::int64_t begin, std::int64_t end,
                          Body body) {
-  constexpr int kOperands = Operands::kOperands;
-  constexpr std::int64_t kRun = 256;
-  const int inner = operands.dims - 1;
-  Storage buffer[kOperands][kRun];
-
-  std::int64_t index[kMaxDims];
-  std::int64_t offset[kOperands] = {};
-  for (std::int64_t d = inner, rest = begin; d >= 0; --d) {
-    index[d] = rest % operands.size[d];
-    rest /= operands.size[d];
-    for (int k = 0; k < kOperands; ++k)
-      if (operands.data[k] != nullptr) offset[k] += index[d] * operands.stride[k][d];
-  }
-  bool gathered[kOperands];
-  std::int64_t longest = operands.size[inner];
-  for (int k = 0; k < kOperands; ++k) {
-    gathered[k] = operands.data[k] != nullptr && operands.stride[k][inner] != 1;
-    if (gathered[k] && longest > kRun) longest = kRun;
-  }
-
-  Storage* pointers[kOperands];
+  Walk<Storage, Operands> walk;
+  walk.start(operands, begin);
+  Storage* pointers[Operands::kOperands];
   for (std::int64_t position = begin; position < end;) {
-    std::int64_t count = operands.size[inner] - index[inner];
-    if (count > longest) count = longest;
-    if (count > end - position) count = end - position;
-
-    for (int k = 0; k < kOperands; ++k) {
-      Storage* from = static_cast<Storage*>(operands.data[k]);
-      pointers[k] = gathered[k] ? buffer[k] : from == nullptr ? from : from + offset[k];
-      if (!gathered[k] || k >= Operands::kInputs) continue;
-      const std::int64_t stride = operands.stride[k][inner];
-      for (std::int64_t j = 0; j < count; ++j) buffer[k][j] = from[offset[k] + j * stride];
-    }
+    const std::int64_t count = walk.next(operands, end - position, pointers);
     body(pointers, count);
-    for (int k = Operands::kInputs; k < kOperands; ++k) {
-      if (!gathered[k]) continue;
-      const std::int64_t stride = operands.stride[k][inner];
-      Storage* to = static_cast<Storage*>(operands.data[k]) + offset[k];
-      for (std::int64_t j = 0; j < count; ++j) to[j * stride] = buffer[k][j];
-    }
-
+    walk.finish(operands, count);
     position += count;
-    index[inner] += count;
-    for (int k = 0; k < kOperands; ++k)
-      if (operands.data[k] != nullptr) offset[k] += count * operands.stride[k][inner];
-    for (int d = inner; d > 0 && index[d] == operands.size[d]; --d) {
-      index[d] = 0;
-      ++index[d - 1];
-      for (int k = 0; k < kOperands; ++k)
-        if (operands.data[k] != nullptr)
-          offset[k] += operands.stride[k][d - 1] - operands.size[d] * operands.stride[k][d];
-    }
   }
 }
 

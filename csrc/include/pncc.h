@@ -46,11 +46,10 @@ struct Forward : Problem {
 //   plain:    A = g / (nx ny)            Bx = g score / nx^2    By = g score / ny^2
 //   squared:  A = 2 g cov / (vx vy)      Bx = 2 g score / vx    By = 2 g score / vy, where vx > eps
 //   grad_x = sum A (y - ym) - Bx (x - xm)     grad_y = sum A (x - xm) - By (y - ym)
-// over the patches that hold a pixel. grad of `target` is always wanted, that of the other if it
-// has data.
+// over the patches that hold a pixel. The gradient to y is always wanted, that to x if there is a
+// place for it; x and y may change places.
 struct Backward : Problem {
   const void* grad;
-  int target;
   void* grad_image[2];
   std::int64_t grad_image_stride[2][2 + kDims];
 };

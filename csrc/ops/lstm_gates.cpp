@@ -11,7 +11,7 @@ using lstm_gates::Backward;
 using lstm_gates::Forward;
 
 void check(const Tensor& gates, const Tensor& c) {
-  STD_TORCH_CHECK(gates.dim() >= 2 && gates.dim() <= kMaxDims && gates.dim() == c.dim() &&
+  STD_TORCH_CHECK(gates.dim() >= 2 && gates.dim() <= 5 && gates.dim() == c.dim() &&
                       gates.size(1) == 4 * c.size(1),
                   "lstm_gates: gates must be [B, 4C, *S] and c [B, C, *S]");
   for (std::int64_t d = 0; d < c.dim(); ++d)

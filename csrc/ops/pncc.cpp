@@ -177,12 +177,13 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
 
 std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Options& options,
                                     const Tensor& grad, bool wants_x, bool wants_y) {
-  Backward params{problem_of(x, y, options)};
   const auto gradient = [](const Tensor& image, bool wanted) {
     return wanted ? torch::stable::empty_like(image) : torch::stable::new_empty(image, {0});
   };
   Tensor grad_x = gradient(x, wants_x), grad_y = gradient(y, wants_y);
   if (x.numel() == 0 || !(wants_x || wants_y)) return {grad_x, grad_y};
+  // The score is symmetric; the kernel's y is the image whose gradient is wanted for certain.
+  Backward params{wants_y ? problem_of(x, y, options) : problem_of(y, x, options)};
 
   const std::vector<std::int64_t> sizes = score_sizes(params, x, options.joint);
   bool fits = grad.dim() == (params.reduced ? 1 : std::int64_t(sizes.size()));
@@ -197,11 +198,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Opti
     for (std::int64_t d = first; d < grad.dim(); ++d)
       params.score_stride[2 + kDims - (grad.dim() - first) + (d - first)] = grad.stride(d);
   }
-  params.target = wants_y ? 1 : 0;
-  if (wants_x) params.grad_image[0] = grad_x.mutable_data_ptr();
-  if (wants_y) params.grad_image[1] = grad_y.mutable_data_ptr();
-  if (wants_x) describe_image(grad_x, params.grad_image_stride[0]);
-  if (wants_y) describe_image(grad_y, params.grad_image_stride[1]);
+  const Tensor& certain = wants_y ? grad_y : grad_x;
+  params.grad_image[1] = certain.mutable_data_ptr();
+  describe_image(certain, params.grad_image_stride[1]);
+  if (wants_x && wants_y) {
+    params.grad_image[0] = grad_x.mutable_data_ptr();
+    describe_image(grad_x, params.grad_image_stride[0]);
+  }
   cut(&params, params.size, 10);
   const cpu::Kernels& kernels = *cpu::active().kernels;
   run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);

@@ -18,6 +18,29 @@ int compare(const Tensor& shape, std::initializer_list<const Strides*> operands,
   return 0;
 }
 
+// Describes the dimensions from `first` on, outermost first in the given order.
+void merge(const Tensor& shape, int first, const Order& order, const Operand* operands, int count,
+           int* dims, std::int64_t* size, std::int64_t (*stride)[kMaxDims], void** data) {
+  for (int k = 0; k < count; ++k) data[k] = operands[k].data;
+  *dims = 0;
+  for (int position = 0; position < int(shape.dim()); ++position) {
+    const int d = order[position];
+    if (d < first || shape.size(d) == 1) continue;
+    bool merges = *dims > 0;
+    for (int k = 0; merges && k < count; ++k)
+      merges = operands[k].data == nullptr ||
+               stride[k][*dims - 1] == operands[k].strides[d] * shape.size(d);
+    if (!merges) size[(*dims)++] = 1;
+    size[*dims - 1] *= shape.size(d);
+    for (int k = 0; k < count; ++k)
+      if (operands[k].data != nullptr) stride[k][*dims - 1] = operands[k].strides[d];
+  }
+  if (*dims == 0) {
+    size[(*dims)++] = 1;
+    for (int k = 0; k < count; ++k) stride[k][0] = 1;
+  }
+}
+
 }  // namespace
 
 Order memory_order(const Tensor& shape, std::initializer_list<const Strides*> operands) {
@@ -49,15 +72,28 @@ Strides pointwise_strides(const Tensor& shape, std::initializer_list<const Strid
   return strides;
 }
 
-Tensor empty_strided(const Tensor& like, const Strides& strides) {
-  std::int32_t dtype, device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+Strides wide_strides_of(const Tensor& tensor) {
+  const Strides strides = strides_of(tensor);
+  return tensor.element_size() == 2 ? pointwise_strides(tensor, {&strides}) : strides;
+}
+
+Tensor empty(const Tensor& like, IntArrayRef sizes, IntArrayRef strides, ScalarType dtype) {
+  std::int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(),
-                                                         strides.data(), dtype, device_type,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(), strides.data(),
+                               std::int32_t(dtype), device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+Tensor empty_strided(const Tensor& like, const Strides& strides) {
+  return empty(like, like.sizes(), {strides.data(), std::size_t(like.dim())}, like.scalar_type());
+}
+
+Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype) {
+  const std::int64_t stride = 1;
+  return empty(like, {&size, 1}, {&stride, 1}, dtype);
 }
 
 Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels) {
@@ -69,27 +105,35 @@ Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels) {
 
 void describe(const Tensor& shape, const Operand* operands, int count, int* dims,
               std::int64_t* size, std::int64_t (*stride)[kMaxDims], void** data) {
-  for (int k = 0; k < count; ++k) data[k] = operands[k].data;
-
   // The last operand is an output, hence dense: its order is total.
-  *dims = 0;
   const Order order = memory_order(shape, {&operands[count - 1].strides});
-  for (int position = 0; position < int(shape.dim()); ++position) {
-    const int d = order[position];
-    if (shape.size(d) == 1) continue;
-    bool merges = *dims > 0;
-    for (int k = 0; merges && k < count; ++k)
-      merges = operands[k].data == nullptr ||
-               stride[k][*dims - 1] == operands[k].strides[d] * shape.size(d);
-    if (!merges) size[(*dims)++] = 1;
-    size[*dims - 1] *= shape.size(d);
-    for (int k = 0; k < count; ++k)
-      if (operands[k].data != nullptr) stride[k][*dims - 1] = operands[k].strides[d];
-  }
-  if (*dims == 0) {
-    size[(*dims)++] = 1;
-    for (int k = 0; k < count; ++k) stride[k][0] = 1;
-  }
+  merge(shape, 0, order, operands, count, dims, size, stride, data);
+}
+
+void describe_rows(const Tensor& shape, const Order& order, const Operand* operands, int count,
+                   int* dims, std::int64_t* size, std::int64_t (*stride)[kMaxDims], void** data) {
+  merge(shape, 1, order, operands, count, dims, size, stride, data);
+}
+
+RowScalars row_scalars(const std::optional<Tensor>& grad, const Tensor& like) {
+  if (!grad.has_value()) return {nullptr, 0};
+  STD_TORCH_CHECK(grad->dim() == 1 && grad->size(0) == like.size(0) &&
+                      grad->scalar_type() == compute_dtype(like),
+                  "the gradient of a sum must be [B] in the dtype of the sum");
+  return {grad->const_data_ptr(), grad->stride(0)};
+}
+
+void add_partial_sums(const double* partial, std::int64_t blocks, double divisor,
+                      const Tensor& total) {
+  visit_storage(dtype_of(total), [&]<class Storage>(Storage*) {
+    using T = typename Compute<Storage>::type;
+    T* out = static_cast<T*>(total.mutable_data_ptr());
+    for (std::int64_t row = 0; row < total.size(0); ++row) {
+      double sum = 0;
+      for (std::int64_t block = 0; block < blocks; ++block) sum += partial[row * blocks + block];
+      out[row] = T(sum / divisor);
+    }
+  });
 }
 
 }  // namespace geco

@@ -52,7 +52,8 @@ class LNCCLoss(nn.Module):
         smooth_dr: float = 1e-5,
     ) -> None:
         super().__init__()
-        check_choice("spatial_dims", spatial_dims, (1, 2, 3))
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
         check_kernel_size(kernel_size)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_positive("smooth_nr", smooth_nr, zero=True)

@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from geco_fast import reference
+from geco_fast._autograd import (
+    below_autograd,
+    differentiable,
+    reference_gradients,
+    wants_graph,
+)
 from geco_fast._backend import select
 from geco_fast._checks import check_alike, check_floating, check_positive, check_rank, check_shape
 from geco_fast.ops._operands import autocast_to_float32
+
+_forward = torch.ops.geco_fast.equilibrium_map.default
+_backward = torch.ops.geco_fast.equilibrium_map_backward.default
+
+
+class _EquilibriumMap(torch.autograd.Function):
+    """Saves inputs and what has a value for each point or vector; backward streams once more."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd():
+            output = _forward(*inputs)
+        _EquilibriumMap.remember(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, mapped, log_normaliser, log_mass = ctx.saved_tensors
+        grads = grads[:2]
+        if all(grad is None for grad in grads):
+            return (None,) * len(inputs)
+        if wants_graph():
+            given = [tensor for tensor in inputs if tensor is not None]
+
+            def define(*given: Tensor) -> tuple[Tensor, ...]:
+                x, psi, beta, *log_prior = given
+                prior = log_prior[0] if log_prior else None
+                return reference.equilibrium_map(x, psi, beta, log_prior=prior)
+
+            found = reference_gradients(define, given, grads)
+            return *found, *(None,) * (len(inputs) - len(given))
+        needed = ctx.needs_input_grad
+        wanted = sum(needed[k] << k for k in range(len(inputs)))
+        found = _backward(*inputs, mapped, log_normaliser, log_mass, *grads, wanted)
+        return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
+
+
+_equilibrium_map = differentiable("equilibrium_map", _EquilibriumMap)
 
 
 def equilibrium_map(
@@ -25,8 +78,8 @@ def equilibrium_map(
         H_{ia} = \| x_i - \psi_a \|^2, \qquad
         F(\psi)_a = \frac{\sum_i m_{ia} x_i}{\sum_j m_{ja}}
 
-    The data stream through in chunks: the n by m matrix never exists as a whole, except in the
-    autograd graph when a gradient is asked for and inside `torch.compile`.
+    The data stream through in chunks: the n by m matrix never exists as a whole, with a gradient
+    neither. (The reference keeps it in the autograd graph and inside `torch.compile`.)
 
     Parameters
     ----------
@@ -91,5 +144,10 @@ def equilibrium_map(
     cast = dict(zip(operands, autocast_to_float32(*operands.values()), strict=True))
     for name, tensor in cast.items():
         check_alike(name, tensor, "x", cast["x"])
-    select("equilibrium_map", cast["x"], backend)
-    return reference.equilibrium_map(cast["x"], cast["psi"], beta, log_prior=cast.get("log_prior"))
+    x, psi, log_prior = cast["x"], cast["psi"], cast.get("log_prior")
+    if select("equilibrium_map", x, backend) == "reference":
+        return reference.equilibrium_map(x, psi, beta, log_prior=log_prior)
+    if not isinstance(beta, Tensor):
+        beta = torch.scalar_tensor(beta, dtype=torch.float64)
+    mapped, log_normaliser, _ = _equilibrium_map(x, psi, beta, log_prior)
+    return mapped, log_normaliser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -60,9 +60,9 @@ def lay_out(tensor: Tensor, layout: str | Layout) -> Tensor:
     """Return the values of `tensor` in another memory layout.
 
     `contiguous`, `channels_last` (dimension 1 innermost), `reversed` (the first dimension
-    innermost), `sliced` (a window of a parent that is NaN elsewhere), `strided` (every other
-    element of such a parent), `expanded` (the first batch element for all, at stride 0); or any
-    other `Layout`.
+    innermost), `sliced` (a window of a parent that is NaN elsewhere), `half` (the first half of
+    dimension 1 of such a parent), `strided` (every other element of such a parent), `expanded` (the
+    first batch element for all, at stride 0); or any other `Layout`.
     """
     if isinstance(layout, Layout):
         return layout(tensor)
@@ -75,6 +75,10 @@ def lay_out(tensor: Tensor, layout: str | Layout) -> Tensor:
         return tensor.permute(order).contiguous().permute(order)
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape) if tensor.shape[0] else tensor
+    if layout == "half":
+        width = tensor.shape[1]
+        parent = tensor.new_full((len(tensor), 2 * width, *tensor.shape[2:]), float("nan"))
+        return parent[:, :width].copy_(tensor)
     margin, step = {"sliced": (2, 1), "strided": (1, 2)}[layout]
     parent = tensor.new_full([size * step + 2 * margin for size in tensor.shape], float("nan"))
     window = parent[tuple(slice(margin, margin + size * step, step) for size in tensor.shape)]
@@ -271,28 +275,157 @@ def _same_shape_cases(operator: str, names: str, options: Mapping[str, Any]) -> 
     ]
 
 
-GAUSSIAN_LATENT = _same_shape_cases(
-    "gaussian_latent", "q_mean q_log_std p_mean p_log_std noise", {}
-)
+def _row_cases(operator: str, names: str) -> list[Case]:
+    """Rows of many lengths, which is what kernels that sum each row care for."""
+    return [
+        *(Case(operator, f"row-{n}", _alike(names, 7, n)) for n in (1, 7, 33, 130)),
+        Case(operator, "several-blocks", _alike(names, 2, 8195)),
+        Case(operator, "several-blocks-strided", _alike(names, 2, 3, 3001), layout="strided"),
+        Case(operator, "several-threads", _alike(names, 64, 3, 33, 11)),
+        Case(operator, "half", _alike(names, 4, 6, 5), layout="half"),
+        Case(operator, "rank-6", _alike(names, 2, 3, 1, 2, 3, 4), layout="reversed"),
+    ]
+
+
+_GAUSSIANS = "q_mean q_log_std p_mean p_log_std noise"
+
+
+def _near_the_prior(tensors: Tensors) -> Tensors:
+    """Log deviations that differ by 1e-6 to 1: where the divergence is a small difference."""
+    steps = torch.logspace(-6, 0, tensors["noise"].shape[1], dtype=torch.float64)
+    return {
+        **tensors,
+        "q_mean": tensors["p_mean"] + steps * tensors["q_mean"],
+        "q_log_std": tensors["p_log_std"] + steps * tensors["q_log_std"],
+    }
+
+
+def _standard_normal_prior(tensors: Tensors) -> Tensors:
+    zeros = torch.zeros_like(tensors["p_mean"])
+    return {**tensors, "p_mean": zeros, "p_log_std": zeros}
+
+
+GAUSSIAN_LATENT = [
+    *_same_shape_cases("gaussian_latent", _GAUSSIANS, {}),
+    *_row_cases("gaussian_latent", _GAUSSIANS),
+    Case("gaussian_latent", "near-the-prior", _alike(_GAUSSIANS, 40, 9), prepare=_near_the_prior),
+    Case(
+        "gaussian_latent",
+        "expanded-prior",
+        _alike(_GAUSSIANS, 4, 3, 5, 4),
+        layout={"p_mean": "expanded", "p_log_std": "expanded"},
+        prepare=_standard_normal_prior,
+        differentiable=("q_mean", "q_log_std"),
+    ),
+    Case(
+        "gaussian_latent",
+        "channels_last-posterior",
+        _alike(_GAUSSIANS, 3, 4, 5, 6),
+        layout={"q_mean": "channels_last", "q_log_std": "channels_last"},
+    ),
+    *(
+        Case(
+            "gaussian_latent",
+            f"{'x'.join(map(str, shape))}{suffix}",
+            _alike(_GAUSSIANS, *shape),
+            layout=layout,
+            differentiable=tuple(_GAUSSIANS.split()[:4]),
+            tags=BENCH,
+        )
+        for shape, suffix, layout in (
+            ((32, 8, 14, 14), "", "contiguous"),
+            ((32, 8, 14, 14), "-heads", {"q_mean": "half", "q_log_std": "half"}),
+            ((32, 8, 8, 8), "", "contiguous"),
+            ((8, 8, 16, 16), "", "contiguous"),
+            ((1, 1, 28, 28), "-batch-1", "contiguous"),
+            ((64, 1 << 18), "-beyond-cache", "contiguous"),
+        )
+    ),
+]
+
+_COUPLING = "x log_scale shift"
+
+
+def _affine_bench(
+    name: str, *shape: int, layout: str | Mapping[str, str] = "contiguous", **options: Any
+) -> Case:
+    return Case("affine_coupling", name, _alike(_COUPLING, *shape), options, layout, tags=BENCH)
+
 
 AFFINE_COUPLING = [
-    *_same_shape_cases("affine_coupling", "x log_scale shift", {}),
+    *_same_shape_cases("affine_coupling", _COUPLING, {}),
+    *_row_cases("affine_coupling", _COUPLING),
     *(
         Case(
             "affine_coupling",
             f"{scale_map}-{direction}",
-            _alike("x log_scale shift", 3, 4),
+            _alike(_COUPLING, 3, 4),
             {"scale_map": scale_map, "inverse": direction == "inverse", "clamp": 1.5},
             tags=SMALL,
         )
         for scale_map in ("exp", "tanh", "atan", "sigmoid")
         for direction in ("forward", "inverse")
     ),
+    *(
+        Case(
+            "affine_coupling",
+            f"{scale_map}-{direction}-large",
+            _alike(_COUPLING, 9, 37),
+            {"scale_map": scale_map, "inverse": direction == "inverse"},
+            scale=9.0,
+        )
+        for scale_map in ("exp", "tanh", "atan", "sigmoid")
+        for direction in ("forward", "inverse")
+    ),
+    Case(
+        "affine_coupling",
+        "channels_last-conditioner",
+        _alike(_COUPLING, 3, 4, 5, 6),
+        layout={"log_scale": "channels_last", "shift": "channels_last"},
+    ),
+    _affine_bench("4096x256", 4096, 256),
+    _affine_bench("4096x256-halves", 4096, 256, layout={"log_scale": "half", "shift": "half"}),
+    _affine_bench("4096x256-inverse", 4096, 256, inverse=True),
+    *(
+        _affine_bench(f"4096x256-{scale_map}", 4096, 256, scale_map=scale_map)
+        for scale_map in ("exp", "atan", "sigmoid")
+    ),
+    _affine_bench("4096x32", 4096, 32),
+    _affine_bench("256x32", 256, 32),
+    _affine_bench("1x28x28-batch-1", 1, 1, 28, 28),
+    _affine_bench("64x262144-beyond-cache", 64, 1 << 18),
 ]
 
 SQUARED_ERROR = [
-    *_same_shape_cases("squared_error", "x y", {}),
+    # The mean over no element is NaN, which no test of equality takes.
+    *(
+        case if case.name != "no-pixels" else replace(case, options={"reduction": "sum"})
+        for case in _same_shape_cases("squared_error", "x y", {})
+    ),
+    *_row_cases("squared_error", "x y"),
     Case("squared_error", "sum", _alike("x y", 3, 2, 4), {"reduction": "sum"}, tags=SMALL),
+    Case(
+        "squared_error",
+        "channels_last-target",
+        _alike("x y", 3, 4, 5, 6),
+        layout={"x": "channels_last"},
+    ),
+    # The target of a reconstruction is data.
+    *(
+        Case(
+            "squared_error",
+            f"{'x'.join(map(str, shape))}{suffix}",
+            _alike("x y", *shape),
+            differentiable=("y",),
+            tags=BENCH,
+        )
+        for shape, suffix in (
+            ((32, 1, 28, 28), ""),
+            ((64, 3, 32, 32), ""),
+            ((1, 1, 28, 28), "-batch-1"),
+            ((64, 1 << 18), "-beyond-cache"),
+        )
+    ),
 ]
 
 
@@ -388,13 +521,13 @@ def _anti_correlated(tensors: Tensors) -> Tensors:
 
 def _dark_and_bright(tensors: Tensors) -> Tensors:
     """Faint texture in the dark, and as faint a one beside it at full brightness."""
-    x, y = (0.01 * tensor for tensor in tensors.values())
+    x, y = (1e-4 * tensor for tensor in tensors.values())
     half = x.shape[-1] // 2
     return {"x": _step(x, half, 255.0), "y": _step(y, half, 255.0)}
 
 
 def _step(image: Tensor, column: int, height: float) -> Tensor:
-    image[..., column:] = height + image[..., column:].mul(100).round() / 64
+    image[..., column:] = height + image[..., column:].mul(1e4).round() / 64
     return image
 
 
@@ -639,6 +772,11 @@ def _equilibrium_map(n: int, m: int, d: int) -> dict[str, tuple[int, ...]]:
     return {"x": (n, d), "psi": (m, d), "log_prior": (m,)}
 
 
+def _far(tensors: Tensors) -> Tensors:
+    """Data and vectors at a distance of 1000 from zero, as far from each other as before."""
+    return {**tensors, "x": tensors["x"] + 1000, "psi": tensors["psi"] + 1000}
+
+
 EQUILIBRIUM_MAP = [
     Case("equilibrium_map", "small", _equilibrium_map(5, 3, 2), {"beta": 0.7}, tags=SMALL),
     Case(
@@ -650,11 +788,46 @@ EQUILIBRIUM_MAP = [
     ),
     Case("equilibrium_map", "uniform", {"x": (50, 3), "psi": (20, 3)}, {"beta": 0.5}),
     Case("equilibrium_map", "cold", _equilibrium_map(20, 6, 2), {"beta": 0.05}),
+    Case("equilibrium_map", "hot", _equilibrium_map(40, 18, 2), {"beta": 50.0}),
+    Case(
+        "equilibrium_map", "far-from-zero", _equilibrium_map(70, 33, 3), {"beta": 0.3}, prepare=_far
+    ),
+    Case("equilibrium_map", "image", _equilibrium_map(50, 20, 784), {"beta": 100.0}),
+    Case("equilibrium_map", "hot-image", _equilibrium_map(50, 20, 785), {"beta": 5e3}),
+    Case("equilibrium_map", "several-threads", _equilibrium_map(1100, 37, 2), {"beta": 0.05}),
     Case("equilibrium_map", "one", _equilibrium_map(1, 1, 1), {"beta": 1.0}),
+    Case("equilibrium_map", "one-point", _equilibrium_map(1, 19, 3), {"beta": 1.0}),
+    Case("equilibrium_map", "one-vector", _equilibrium_map(100, 1, 3), {"beta": 1.0}),
+    Case("equilibrium_map", "no-data", _equilibrium_map(0, 3, 2), {"beta": 1.0}),
+    Case("equilibrium_map", "no-vectors", _equilibrium_map(3, 0, 2), {"beta": 1.0}),
     Case("equilibrium_map", "no-dimensions", _equilibrium_map(3, 4, 0), {"beta": 1.0}),
     *(
         Case("equilibrium_map", layout, _equilibrium_map(9, 4, 3), {"beta": 1.0}, layout)
         for layout in ("reversed", "sliced", "strided", "expanded")
+    ),
+    Case(
+        "equilibrium_map",
+        "100000x128x2",
+        {"x": (100_000, 2), "psi": (128, 2)},
+        {"beta": 0.05},
+        tags=BENCH,
+    ),
+    Case(
+        "equilibrium_map",
+        "20000x256x2",
+        {"x": (20_000, 2), "psi": (256, 2)},
+        {"beta": 0.05},
+        tags=BENCH,
+    ),
+    Case(
+        "equilibrium_map",
+        "2000x256x784",
+        {"x": (2000, 784), "psi": (256, 784)},
+        {"beta": 100.0},
+        tags=BENCH,
+    ),
+    Case(
+        "equilibrium_map", "160x64x2", {"x": (160, 2), "psi": (64, 2)}, {"beta": 0.05}, tags=BENCH
     ),
 ]
 

@@ -10,8 +10,11 @@ import torch
 from click.testing import CliRunner
 
 import geco_fast
+from geco_fast.bench import limits, report, results
 from geco_fast.cli.main import cli
 from geco_fast.experiments import TrainConfig, checkpoint, plots
+
+ROOT = report.ROOT
 
 TINY = [
     *("--image-size", "8", "--hidden-channels", "4", "--latent-channels", "2"),
@@ -125,15 +128,50 @@ def test_info_prints_what_the_package_knows():
     assert result.output == geco_fast.info() + "\n"
 
 
-@pytest.mark.slow
-def test_bench_prints_a_table_and_writes_its_numbers(tmp_path):
-    path = tmp_path / "results.json"
-    options = ["--op", "lstm_gates", "--against", "self", "--pairs", 2, "--json", path]
-    result = _run("bench", *options)
+def test_bench_prints_a_table_and_keeps_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "COPIED_BYTES", 2**20)
+    path, chart = tmp_path / "results.json", tmp_path / "speed.svg"
+    options = ["--op", "lstm_gates", "--case", "batch-1", "--pairs", 3, "--seconds", 0.5]
+    options += ["--json", path]
+    result = _run("bench", *options, "--against", "self", "--threads", 1, "--threads", 2)
     assert result.exit_code == 0, result.output
-    content = json.loads(path.read_text())
-    assert {row["direction"] for row in content["rows"]} == {"forward", "forward+backward"}
-    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in content["rows"])
-    assert content["environment"]["torch"] == torch.__version__
-    for row in content["rows"]:
-        assert f"| {row['case']} | {row['direction']} | 1 | self |" in result.output
+    kept = results.read(path)
+    assert {(row.direction, row.threads) for row in kept.rows} == {
+        (direction, threads) for direction in ("forward", "forward+backward") for threads in (1, 2)
+    }
+    assert [run["torch"] for run in kept.runs] == [torch.__version__]
+    for row in kept.rows:
+        assert row.case in result.output
+    result = _run("bench", *options, "--against", "eager", "--chart", chart)
+    assert result.exit_code == 0, result.output
+    again = results.read(path)
+    assert again.rows[: len(kept.rows)] == kept.rows
+    assert {row.rival for row in again.rows} == {"self", "eager"}
+    assert "against eager" in chart.read_text()
+
+
+def test_bench_refuses_a_wrong_result(monkeypatch):
+    def wrong(gates, c):
+        return tuple(1.01 * result for result in geco_fast.reference.lstm_gates(gates, c))
+
+    monkeypatch.setattr(geco_fast.ops, "lstm_gates", wrong)
+    result = _run("bench", "--op", "lstm_gates", "--case", "batch-1", "--against", "eager")
+    assert result.exit_code == 2
+    assert "no time for a wrong result" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_bench_renders_documents(tmp_path, monkeypatch):
+    for name in ("ROOT", "RESULTS", "CHART"):
+        path = getattr(report, name)
+        monkeypatch.setattr(report, name, tmp_path / path.relative_to(ROOT))
+    report.RESULTS.mkdir(parents=True)
+    (tmp_path / "README.md").write_text(
+        "<!-- results: none.json headline -->\n<!-- end of results -->\n"
+    )
+    result = _run("bench", "--render")
+    assert result.output.splitlines() == ["wrote README.md", "wrote docs/speed.svg"]
+    assert report.NONE_YET in (tmp_path / "README.md").read_text()
+    assert _run("bench", "--render").output == ""
+    report.RESULTS.rmdir()
+    assert "--render works in a checkout" in _run("bench", "--render").output

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "torch_compat.h"
+
+namespace geco {
+
+Tensor squared_error_cpu(const Tensor& x, const Tensor& y, std::string reduction);
+
+// A gradient that isn't wanted comes back empty.
+std::tuple<Tensor, Tensor> squared_error_backward_cpu(const Tensor& x, const Tensor& y,
+                                                      std::string reduction, const Tensor& grad,
+                                                      bool needs_x, bool needs_y);
+
+}  // namespace geco

@@ -1,0 +1,62 @@
+"""Build of the C++ tests, with the compiler and the flags of setup.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = [
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    "-g1",
+]
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module; it builds nothing by being imported."""
+    spec = importlib.util.spec_from_file_location("geco_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SETUP = load_setup()
+
+
+def build_tests(folder: Path, flags: Sequence[str] = (), kernels: Path | None = None) -> Path:
+    """Compile tests/cpp with the torch-free kernels, or with their objects in a folder.
+
+    Returns the program.
+    """
+    levels = [name for name in SETUP.LEVEL_FLAGS if SETUP.X86 or name == "baseline"]
+    sources = [source for source in SETUP.sources() if source.startswith("csrc/cpu/")]
+    units, objects = [], []
+    for source in sources:
+        name = str(Path(source).with_suffix(".o"))
+        if kernels is None:
+            units.append((ROOT / source, name, SETUP.level_flags(source)))
+        else:
+            objects.append(str(kernels / Path(name).name))
+    for path in sorted((ROOT / "tests" / "cpp").glob("*.cpp")):
+        if path.stem != "simd":
+            units.append((path, f"{path.stem}.o", []))
+            continue
+        for level in levels:
+            own = [*SETUP.LEVEL_FLAGS[level], f"-DGECO_LEVEL={level}"]
+            units.append((path, f"simd_{level}.o", own))
+    program = folder / "kernel_tests"
+    # Accuracy rests on fused multiplications, which -O1 alone leaves out; more takes too long.
+    optimise = ["-O1", "-fexpensive-optimizations"]
+    link_flags = [*objects, *flags, *SETUP.MORE_LINK_FLAGS]
+    SETUP.compile_and_link(folder, program, units, [*SETUP.FLAGS, *optimise, *flags], link_flags)
+    return program
+
+
+def run_program(program: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program and keep what it says."""
+    return subprocess.run([program], capture_output=True, text=True, env=environment or None)
