@@ -15,11 +15,12 @@ CPP := $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
 environment: $(VENV)/.built
 
-# torch is named first, so that the build finds it; constraints.txt pins its version.
+# torch is named first, so that the build finds it; constraints.txt pins its version. Without a
+# compiler this brings dependencies only: the next rule builds the library, once.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch setuptools ninja pybind11
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	CXX=none $(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
@@ -33,7 +34,7 @@ test: environment
 	$(BIN)/pytest --numprocesses auto --dist loadfile $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 test-slow: environment
-	$(BIN)/pytest -m slow $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+	$(BIN)/pytest -m slow --numprocesses auto --dist loadfile $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 lint: environment
 	$(BIN)/ruff check

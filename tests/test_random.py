@@ -33,7 +33,7 @@ QUICK = settings(
     phases=[Phase.explicit, Phase.generate],
 )
 REDRAWS = 64
-LONG = settings(QUICK, max_examples=1000, derandomize=False, print_blob=True)
+LONG = settings(QUICK, max_examples=400, derandomize=False, print_blob=True)
 
 
 def within(got: Tensor, same: Tensor, exact: Tensor, name: str) -> Tensor:
