@@ -1,5 +1,6 @@
 #include "include/geco_update.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "harness.h"
@@ -166,7 +167,7 @@ void check_step(const cpu::Level& level, Batch size, DType dtype, int n, Edge ed
   expect_rounded_once(result, penalty.get(0), sum, "penalty");
   expect(*p.step == step + p.update, "step", [&] { return std::to_string(*p.step); });
   for (const Vector* vector : {&ema, &log_lambda, &slope, &penalty}) vector->expect_gaps_kept();
-  expect(std::memcmp(before.data(), c_hat.data(), before.size()) == 0, "c_hat",
+  expect(std::equal(before.begin(), before.end(), c_hat.data()), "c_hat",
          [] { return std::string("has changed"); });
 }
 
