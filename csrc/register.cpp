@@ -1,8 +1,8 @@
 // Kernels for the operators whose schemas geco_fast/_registry.py defines: one line each.
 #include "ops/affine_coupling.h"
+#include "ops/equilibrium_map.h"
 #include "ops/gaussian_latent.h"
 #include "ops/geco_update.h"
-#include "ops/equilibrium_map.h"
 #include "ops/lstm_gates.h"
 #include "ops/pncc.h"
 #include "ops/squared_error.h"

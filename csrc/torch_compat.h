@@ -92,8 +92,7 @@ inline Operand output(const Tensor& tensor) {
 }
 // A gradient to `tensor`, uninitialised; empty where none is wanted.
 inline Tensor gradient_like(const Tensor& tensor, bool is_wanted) {
-  return is_wanted ? torch::stable::empty_like(tensor)
-                   : empty_vector(tensor, 0, ScalarType::Float);
+  return is_wanted ? torch::stable::empty_like(tensor) : empty_vector(tensor, 0, ScalarType::Float);
 }
 // What a kernel gets for it. Strides of zero take no part in the choice of an order.
 inline Operand wanted(const Tensor& gradient, bool is_wanted) {
@@ -132,13 +131,17 @@ void describe_rows(const Tensor& shape, const Order& order,
 // A gradient [B] in the dtype of the arithmetic on `like`, or nothing.
 RowScalars row_scalars(const std::optional<Tensor>& grad, const Tensor& like);
 
-// Runs a CPU kernel over the whole index space of its parameters on torch's threads.
+// Runs a CPU kernel over the whole index space of its parameters on torch's threads, block by
+// block: where a run begins decides which of its code computes an element, and that must not depend
+// on how the space was shared out.
 template <class Params, class Kernel>
 void launch_cpu(const Params& params, Kernel kernel) {
-  constexpr std::int64_t kGrain = 4096;  // elements that pay for a thread's start
+  const std::int64_t count = params.operands.numel();
   torch::stable::parallel_for(
-      0, params.operands.numel(), kGrain,
-      [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
+      0, (count + kBlock - 1) / kBlock, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t block = begin; block < end; ++block)
+          kernel(params, block * kBlock, std::min(count, (block + 1) * kBlock));
+      });
 }
 
 // The same for a kernel that works on blocks of rows.

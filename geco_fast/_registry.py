@@ -241,13 +241,6 @@ def _(
     )
 
 
-def _wanted_gradients(x: Tensor, y: Tensor, wants_x: bool, wants_y: bool) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if wants_x else x.new_empty(0),
-        torch.empty_like(y) if wants_y else y.new_empty(0),
-    )
-
-
 @torch.library.register_fake("geco_fast::pncc_backward", lib=LIBRARY)
 def _(
     x: Tensor,
@@ -261,7 +254,7 @@ def _(
     wants_x: bool,
     wants_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _wanted_gradients(x, y, wants_x, wants_y)
+    return _gradient(x, wants_x), _gradient(y, wants_y)
 
 
 @torch.library.register_fake("geco_fast::lncc_backward", lib=LIBRARY)
@@ -276,7 +269,7 @@ def _(
     wants_x: bool,
     wants_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _wanted_gradients(x, y, wants_x, wants_y)
+    return _gradient(x, wants_x), _gradient(y, wants_y)
 
 
 @torch.library.register_fake("geco_fast::squared_error", lib=LIBRARY)

@@ -130,6 +130,19 @@ def test_without_a_gradient_to_h_nothing_comes_from_h(level: str) -> None:
     assert got.isnan().sum() == 1
 
 
+@needs_library
+def test_threads_do_not_change_a_bit() -> None:
+    gates, c = operands(8, 32, 16, 16)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gf.ops.lstm_gates(gates, c, backend="cpu"))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_autocast_keeps_the_dtype_of_gates() -> None:
     gates, c = operands(2, 3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

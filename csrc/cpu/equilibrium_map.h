@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "cpu/simd.h"
@@ -107,20 +106,6 @@ inline void add_to(double* sums, VecF32 x, double factor) {
     add_to(sums + k * kLanes<double>, __builtin_convertvector(halves[k], VecF64), factor);
 }
 
-// The standard library's are no part of a level: the linker would choose one level's for all.
-template <class T>
-inline T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-inline T larger(T a, T b) {
-  return a < b ? b : a;
-}
-template <class T>
-inline void fill(T* to, std::int64_t count, T value) {
-  for (std::int64_t j = 0; j < count; ++j) to[j] = value;
-}
-
 template <class T>
 inline T* at(char* base, std::int64_t offset) {
   return reinterpret_cast<T*>(base + offset);
@@ -165,16 +150,16 @@ template <class T>
 struct Cooling {
   T high, low;
   explicit Cooling(double beta) {
-    constexpr double kMost = std::numeric_limits<T>::max();
+    constexpr double kMost = kLargest<T>;
     const double inverse = -1 / beta;
     high = T(inverse > kMost ? kMost : inverse < -kMost ? -kMost : inverse);
     const double rest =
         sizeof(T) == 8 ? std::fma(inverse, beta, 1.0) / -beta : inverse - double(high);
-    low = std::isfinite(rest) && std::isfinite(inverse) ? T(rest) : T(0);
+    low = is_finite(rest) && is_finite(inverse) ? T(rest) : T(0);
   }
   Vec<T> operator()(Vec<T> h) const {
     // The minimum of the two; a NaN may end as one bound or the other, the first product keeps it.
-    const Vec<T> bounded = -maximum(-h, broadcast<T>(-std::numeric_limits<T>::max()));
+    const Vec<T> bounded = -maximum(-h, broadcast<T>(-kLargest<T>));
     return h * high + bounded * low;
   }
 };
@@ -341,7 +326,6 @@ void pack_vectors(const em::Operands& p, const em::Backward* backward, std::int6
                   std::int64_t end) {
   using T = typename Compute<Storage>::type;
   constexpr int L = kLanes<T>;
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
   const Place<T> place{p.plan, p.scratch, p.d};
   T* psi = place.array(p.plan.psi);
   T* log_prior = place.array(p.plan.log_prior);
@@ -352,14 +336,14 @@ void pack_vectors(const em::Operands& p, const em::Backward* backward, std::int6
     const std::int64_t from = real ? a : p.m - 1;
     const std::int64_t base = a / L * p.d * L + a % L;
     for (std::int64_t k = 0; k < p.d; ++k) psi[base + k * L] = element<Storage>(p.psi, from, k);
-    log_prior[a] = !real                         ? -kInfinity
+    log_prior[a] = !real                         ? -kInfinity<T>
                    : p.log_prior.data == nullptr ? uniform
                                                  : T(element<Storage>(p.log_prior, a));
     if (backward == nullptr) continue;
     const T log_mass = element<T>(p.log_mass, from);
     // No mass means no part in any softmax; only the map's own gradient has no value then.
-    const bool counts = real && (slopes || log_mass != -kInfinity);
-    place.array(p.plan.log_mass)[a] = counts ? log_mass : kInfinity;
+    const bool counts = real && (slopes || log_mass != -kInfinity<T>);
+    place.array(p.plan.log_mass)[a] = counts ? log_mass : kInfinity<T>;
     place.array(p.plan.prior_mass)[a] =
         counts ? T(std::exp(double(log_prior[a]) + double(log_mass))) : T(0);
     T* grad_mapped = place.array(p.plan.grad_mapped);
@@ -384,7 +368,6 @@ template <class Storage>
 void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
   using T = typename Compute<Storage>::type;
   constexpr int L = kLanes<T>;
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
   constexpr T kSlack = 32;
   const em::Plan& plan = p.plan;
   const Place<T> place{plan, p.scratch, p.d};
@@ -401,7 +384,7 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
 
   fill(sums, plan.padded * d, 0.0);
   fill(masses, plan.padded, 0.0);
-  fill(shifts, plan.padded, -kInfinity);
+  fill(shifts, plan.padded, -kInfinity<T>);
 
   const std::int64_t last = smaller(p.n, (s + 1) * plan.slot_rows);
   for (std::int64_t first = s * plan.slot_rows; first < last; first += chunk) {
@@ -411,7 +394,7 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
 
     Vec<T> most[em::kMaxChunk], sum[em::kMaxChunk];
     for (std::int64_t r = 0; r < rows; ++r) {
-      most[r] = broadcast<T>(-kInfinity);
+      most[r] = broadcast<T>(-kInfinity<T>);
       sum[r] = Vec<T>{};
     }
     for_each_group(blocks, [&](std::int64_t block, auto width) {
@@ -432,7 +415,7 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
     T normaliser[em::kMaxChunk], top[em::kMaxChunk];
     for (std::int64_t r = 0; r < rows; ++r) {
       top[r] = max_of_lanes<T>(most[r]);
-      normaliser[r] = std::isfinite(top[r]) ? top[r] : T(0);
+      normaliser[r] = is_finite(top[r]) ? top[r] : T(0);
     }
     for (std::int64_t block = 0; block < blocks; ++block) {
       const Vec<T> prior = load(log_prior + block * L);
@@ -442,7 +425,8 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       const T total = sum_of_lanes<T>(sum[r]);
-      normaliser[r] = top[r] == kInfinity ? kInfinity : normaliser[r] + std::log(total);
+      normaliser[r] =
+          top[r] == kInfinity<T> ? kInfinity<T> : normaliser[r] + T(std::log(double(total)));
       set_element<T>(p.log_normaliser, first + r, normaliser[r]);
     }
 
@@ -452,7 +436,7 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
       for (int v = 0; v < V; ++v) {
         T* w = weights + v * chunk * L;
         T* shift = shifts + (block + v) * L;
-        Vec<T> highest = broadcast<T>(-kInfinity);
+        Vec<T> highest = broadcast<T>(-kInfinity<T>);
         for (std::int64_t r = 0; r < rows; ++r)
           highest = maximum(load(w + r * L) - normaliser[r], highest);
         if (any_above<T>(highest, load(shift) + kSlack)) {
@@ -468,7 +452,7 @@ void equilibrium_map_forward_slot(const em::Forward& p, std::int64_t s) {
           }
         }
         const Vec<T> given = load(shift);
-        const Vec<T> bound = given == broadcast<T>(-kInfinity) ? Vec<T>{} : given;
+        const Vec<T> bound = given == broadcast<T>(-kInfinity<T>) ? Vec<T>{} : given;
         Vec<T> mass = {};
         for (std::int64_t r = 0; r < rows; ++r) {
           const Vec<T> weight = exp_not_above<T>(load(w + r * L) - normaliser[r] - bound);
@@ -494,7 +478,7 @@ void equilibrium_map_forward_join(const em::Forward& p, std::int64_t begin, std:
     T bound[L];
     double mass[L] = {};
     for (int lane = 0; lane < L; ++lane) {
-      bound[lane] = -std::numeric_limits<T>::infinity();
+      bound[lane] = -kInfinity<T>;
       for (std::int64_t s = 0; s < plan.slots; ++s)
         bound[lane] = larger(bound[lane], at<T>(place.slot(s), plan.shifts)[block * L + lane]);
     }
@@ -516,7 +500,7 @@ void equilibrium_map_forward_join(const em::Forward& p, std::int64_t begin, std:
     }
     for (int lane = 0; lane < L && block * L + lane < p.m; ++lane) {
       const std::int64_t a = block * L + lane;
-      const double known = std::isinf(bound[lane]) && bound[lane] < 0 ? 0.0 : double(bound[lane]);
+      const double known = bound[lane] == -kInfinity<T> ? 0.0 : double(bound[lane]);
       set_element<T>(p.log_mass, a, T(known + std::log(mass[lane])));
       for (std::int64_t k = 0; k < p.d; ++k)
         set_element<T>(p.mapped, a, k, p.n == 0 ? T(0) : T(total[k * L + lane] / mass[lane]));

@@ -65,20 +65,6 @@ inline double moved(const geco_update::Params& p, double log_lambda, double ema)
   return within(log_lambda + within(ascent, p.down, p.up), p.low, p.high);
 }
 
-// A sum that keeps what each addition rounds off (Neumaier): that of many constraints is as good as
-// its terms.
-struct CompensatedSum {
-  double sum = 0, lost = 0;
-
-  void add(double x) {
-    const double total = sum + x;
-    lost += std::fabs(sum) >= std::fabs(x) ? (sum - total) + x : (x - total) + sum;
-    sum = total;
-  }
-  // Past the range what is lost is infinite, too.
-  double value() const { return std::isfinite(sum) ? sum + lost : sum; }
-};
-
 void geco_update_step(const geco_update::Params& p) {
   const std::int64_t step = *p.step;
   const bool due = step >= p.warmup_steps && step % p.update_every == 0;

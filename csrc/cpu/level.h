@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cpu/affine_coupling.h"
+#include "cpu/equilibrium_map.h"
 #include "cpu/gaussian_latent.h"
 #include "cpu/geco_update.h"
-#include "cpu/equilibrium_map.h"
 #include "cpu/kernels.h"
 #include "cpu/lstm_gates.h"
 #include "cpu/peak.h"

@@ -55,8 +55,8 @@ inline Box patches_over(const Problem& p, const Box& pixels) {
   for (int d = 0; d < kDims; ++d) {
     const std::int64_t first = pixels.low[d] + p.pad[d] - p.patch[d] + 1;
     box.low[d] = first <= 0 ? 0 : (first + p.stride[d] - 1) / p.stride[d];
-    box.high[d] = std::min(p.count[d], (pixels.high[d] - 1 + p.pad[d]) / p.stride[d] + 1);
-    box.high[d] = std::max(box.low[d], box.high[d]);
+    box.high[d] = smaller(p.count[d], (pixels.high[d] - 1 + p.pad[d]) / p.stride[d] + 1);
+    box.high[d] = larger(box.low[d], box.high[d]);
   }
   return box;
 }
@@ -65,7 +65,7 @@ inline Box tile_box(const Problem& p, std::int64_t tile, const std::int64_t (&to
   Box box;
   for (int d = kDims - 1; d >= 0; --d) {
     box.low[d] = tile % p.tiles[d] * p.tile[d];
-    box.high[d] = std::min(box.low[d] + p.tile[d], total[d]);
+    box.high[d] = smaller(box.low[d] + p.tile[d], total[d]);
     tile /= p.tiles[d];
   }
   return box;
@@ -83,7 +83,7 @@ inline void gather(const Storage* from, std::int64_t stride, std::int64_t count,
   }
   Storage buffer[kWidth] = {};
   for (std::int64_t j = 0; j < count; j += kWidth) {
-    const int n = int(std::min(kWidth, count - j));
+    const int n = int(smaller(kWidth, count - j));
     for (int i = 0; i < n; ++i) buffer[i] = from[(j + i) * stride];
     store(to + j, load(buffer), n);
   }
@@ -99,7 +99,7 @@ inline void scatter(const T* from, std::int64_t count, Storage* to, std::int64_t
   }
   Storage buffer[kWidth];
   for (std::int64_t j = 0; j < count; j += kWidth) {
-    const int n = int(std::min(kWidth, count - j));
+    const int n = int(smaller(kWidth, count - j));
     store(buffer, load(from + j, n));
     for (int i = 0; i < n; ++i) to[(j + i) * stride] = buffer[i];
   }
@@ -203,7 +203,7 @@ inline void sum_fields(double* in, std::int64_t in_step, std::int64_t k, std::in
           store(in + v * kLane, sum);
         }
         VecF64 prefix{};
-        const std::int64_t end = std::min(block + m, vectors);
+        const std::int64_t end = smaller(block + m, vectors);
         for (std::int64_t v = block; v < end; ++v) {
           if (v > block) prefix = prefix + load(in + (v + m - 1) * kLane);
           store(out + v * kLane, load(out + v * kLane) + (load(in + v * kLane) + prefix));
@@ -327,10 +327,10 @@ struct Slide {
   template <class Sink>
   bool push(std::int64_t r, const double* in, Sink sink) {
     // Without overlap a block begins with each window.
-    const std::int64_t block = std::max(k, stride);
+    const std::int64_t block = larger(k, stride);
     const std::int64_t j = remainder(r, block), start = r - k + 1;
     if (j >= k) return false;
-    if (j == 0) std::fill(prefix, prefix + row() + (r == 0 ? row() : 0), 0.0);
+    if (j == 0) fill(prefix, row() + (r == 0 ? row() : 0), 0.0);
     const bool due = start >= 0 && remainder(start, stride) == 0;
     double* const slot = ends + j * row();
     if (due)
@@ -423,7 +423,7 @@ struct Images {
   T pivot(int k, const Box& patches) const {
     if (p.pad[0] + p.pad[1] + p.pad[2] > 0) return 0;  // the zeros around the image
     constexpr std::int64_t kRun = 256;
-    const T infinity = std::numeric_limits<T>::infinity();
+    const T infinity = kInfinity<T>;
     std::int64_t low[kDims], high[kDims];
     for (int d = 0; d < kDims; ++d) {
       low[d] = patches.low[d] * p.stride[d];
@@ -436,7 +436,7 @@ struct Images {
       for (std::int64_t z = low[0]; z < high[0]; ++z)
         for (std::int64_t r = low[1]; r < high[1]; ++r)
           for (std::int64_t j = low[2]; j < high[2]; j += kRun) {
-            const std::int64_t n = std::min(kRun, high[2] - j);
+            const std::int64_t n = smaller(kRun, high[2] - j);
             read_row(p.dtype, p.image[k],
                      base[k] + c * stride[1] + z * stride[2] + r * stride[3] + j * stride[4],
                      stride[4], n, values);
@@ -451,8 +451,8 @@ struct Images {
           }
     T least_above = infinity, least_below = infinity;
     for (int i = 0; i < kLanes<T>; ++i) {
-      least_above = std::min(least_above, T(above[i]));
-      least_below = std::min(least_below, T(below[i]));
+      least_above = smaller(least_above, T(above[i]));
+      least_below = smaller(least_below, T(below[i]));
     }
     const T least = least_above <= least_below ? least_above : -least_below;
     return least - least == 0 ? least : T(0);
@@ -462,12 +462,12 @@ struct Images {
   // they are, a row outside becomes zeros.
   void row(int k, std::int64_t c, std::int64_t z, std::int64_t r, std::int64_t column,
            std::int64_t count, T* to) const {
-    const std::int64_t first = std::max<std::int64_t>(column - p.pad[2], 0);
-    const std::int64_t n = std::min(column - p.pad[2] + count, p.size[2]) - first;
+    const std::int64_t first = larger<std::int64_t>(column - p.pad[2], 0);
+    const std::int64_t n = smaller(column - p.pad[2] + count, p.size[2]) - first;
     if (n <= 0) return;
     to += first - (column - p.pad[2]);
     if (z < 0 || z >= p.size[0] || r < 0 || r >= p.size[1]) {
-      std::fill(to, to + n, T(0));
+      fill(to, n, T(0));
       return;
     }
     const std::int64_t* const stride = p.image_stride[k];
@@ -534,7 +534,7 @@ struct Windows {
     const std::int64_t column = box.low[2] * p.stride[2];
     const std::int64_t count = (box.extent(2) - 1) * p.stride[2] + p.patch[2];
     for (std::int64_t c = 0; c < p.channels; c += kChannels) {
-      const int n = int(std::min<std::int64_t>(kChannels, p.channels - c));
+      const int n = int(smaller<std::int64_t>(kChannels, p.channels - c));
       for (int k = 0; k < 2; ++k)
         for (int i = 0; i < n; ++i)
           images.row(k, c + i, z, r, column, count, staged[k] + i * length);
@@ -558,7 +558,7 @@ struct Windows {
   void run(const Images<T>& images, const Box& box, Begin begin, Sink sink, End end) {
     const std::int64_t depth = (box.extent(0) - 1) * p.stride[0] + p.patch[0];
     const std::int64_t height = (box.extent(1) - 1) * p.stride[1] + p.patch[1];
-    for (T* rows : staged) std::fill(rows, rows + kChannels * length, T(0));
+    for (T* rows : staged) fill(rows, kChannels * length, T(0));
     for (std::int64_t z = 0; z < depth; ++z) {
       if (remainder(z, p.stride[0]) >= p.patch[0]) continue;
       for (std::int64_t r = 0; r < height; ++r) {
@@ -659,7 +659,7 @@ struct ForwardTile {
             __attribute__((always_inline)) { store_double(to + i, scorer.score(sums)); };
     windows.run(images, box, begin, score, [&](std::int64_t e, std::int64_t w) {
       if (p.reduced) {
-        std::fill(row + n, row + m, T(0));
+        fill(row + n, m - n, T(0));
         for (std::int64_t i = 0; i < m; i += kLane)
           total = total + difference<W>(load_as_double(row + i), VecF64{});
       } else {
@@ -713,8 +713,7 @@ struct BackwardTile {
     const std::int64_t n = patches.extent(2), m = whole_vectors(n);
     if (p.reduced) {
       // A sum's gradient has the type of the arithmetic, a score's that of the images.
-      std::fill(grad, grad + n,
-                T(double(static_cast<const T*>(p.grad)[b * p.score_stride[0]]) * p.scale));
+      fill(grad, n, T(double(static_cast<const T*>(p.grad)[b * p.score_stride[0]]) * p.scale));
     } else {
       read_row(p.dtype, p.grad,
                b * p.score_stride[0] + g * p.score_stride[1] + e * p.score_stride[2] +
@@ -724,7 +723,7 @@ struct BackwardTile {
     // A patch of one value has no gradient, to the last bit.
     if (values_in(p) == 1)
       for (std::int64_t i = 0; i < n; ++i) grad[i] *= 0;
-    std::fill(grad + n, grad + m, T(0));
+    fill(grad + n, m - n, T(0));
   }
 
   // Moves the coefficients of strided patches to their first columns; clears all other columns.
@@ -733,10 +732,10 @@ struct BackwardTile {
     for (int f = 0; f < kFields * kPlanes<W>; ++f) {
       double* const to = spread + f * span;
       if (p.stride[2] == 1) {
-        std::fill(to, to + lead, 0.0);
-        std::fill(to + lead + n, to + used, 0.0);
+        fill(to, lead, 0.0);
+        fill(to + lead + n, used - lead - n, 0.0);
       } else {
-        std::fill(to, to + used, 0.0);
+        fill(to, used, 0.0);
         const double* const from = coefficients + f * windows.width;
         for (std::int64_t i = 0; i < n; ++i) to[lead + i * p.stride[2]] = from[i];
       }
@@ -795,7 +794,7 @@ struct BackwardTile {
     const Box patches = patches_over(p, pixels);
     const Images<T> images(p, b, g, patches);
     const Scorer<T, kSquared> scorer(p);
-    std::fill(zeros, zeros + kFields * width * kPlanes<W>, 0.0);
+    fill(zeros, kFields * width * kPlanes<W>, 0.0);
 
     // Columns, rows and planes are counted from the first that may hold a patch's first pixel.
     std::int64_t origin[kDims];
@@ -863,7 +862,7 @@ inline Box whole_tile(const Problem& p, const std::int64_t (&total)[kDims]) {
   Box box;
   for (int d = 0; d < kDims; ++d) {
     box.low[d] = 0;
-    box.high[d] = std::min(p.tile[d], total[d]);
+    box.high[d] = smaller(p.tile[d], total[d]);
   }
   return box;
 }
@@ -871,7 +870,7 @@ inline Box most_patches(const Problem& p, const Box& pixels) {
   Box box;
   for (int d = 0; d < kDims; ++d) {
     box.low[d] = 0;
-    box.high[d] = std::min(p.count[d], (pixels.extent(d) + p.patch[d] - 2) / p.stride[d] + 1);
+    box.high[d] = smaller(p.count[d], (pixels.extent(d) + p.patch[d] - 2) / p.stride[d] + 1);
   }
   return box;
 }
@@ -924,19 +923,13 @@ void pncc_run(const Params& params, std::int64_t begin, std::int64_t end, double
   });
 }
 
-// Adds up the tasks of every batch element, with the rounding of each addition carried along.
+// Adds up the tasks of every batch element.
 void pncc_finish(const pncc::Forward& params) {
   const std::int64_t parts = params.groups * params.tiles_per_group();
   for (std::int64_t b = 0; b < params.batch; ++b) {
-    double sum = 0, rest = 0;
-    for (std::int64_t k = 0; k < parts; ++k) {
-      const double part = params.partial[b * parts + k];
-      const double next = sum + part;
-      const double share = next - sum;
-      rest += (sum - (next - share)) + (part - share);
-      sum = next;
-    }
-    const double total = (rest - rest == 0 ? sum + rest : sum) * params.scale;
+    CompensatedSum sum;
+    for (std::int64_t k = 0; k < parts; ++k) sum.add(params.partial[b * parts + k]);
+    const double total = sum.value() * params.scale;
     if (params.dtype == DType::kFloat64)
       static_cast<double*>(params.sums)[b] = total;
     else

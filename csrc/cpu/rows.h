@@ -66,9 +66,10 @@ inline void sum_rows(const Rows& rows, const RowSums& sums, std::int64_t begin, 
   for_each_block<Storage>(
       rows, begin, end,
       [&](std::int64_t row, std::int64_t block, auto visit) __attribute__((always_inline)) {
-        double total = 0;
+        CompensatedSum sum;
         visit([&](Storage* const* p, std::int64_t count)
-                  __attribute__((always_inline)) { total += span(p, count); });
+                  __attribute__((always_inline)) { sum.add(span(p, count)); });
+        const double total = sum.value();
         if (sums.partial != nullptr)
           sums.partial[row * rows.blocks() + block] = total;
         else

@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <iterator>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -49,6 +48,32 @@ struct VecOf<double> {
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
+
+// The standard library's are no part of a level: the linker would choose one level's for all.
+template <class T>
+inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+inline bool is_finite(T x) {
+  return x - x == 0;
+}
+template <class T, int kLength>
+constexpr int length(const T (&)[kLength]) {
+  return kLength;
+}
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+template <class T>
+constexpr T kLargest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+template <class T>
+inline void fill(T* to, std::int64_t count, T value) {
+  for (std::int64_t j = 0; j < count; ++j) to[j] = value;
+}
 
 template <class To, class From>
 inline To bit_cast(const From& from) {
@@ -279,7 +304,7 @@ inline Vec<T> exp(Vec<T> x) {
   const Vec<T> n = shifted - kRound;
   const Vec<T> r = ((A < 0 ? -held : held) - n * K::kLn2High) - n * K::kLn2Rest;
   Vec<T> q = broadcast<T>(K::kQ[0]);
-  for (std::size_t k = 1; k < std::size(K::kQ); ++k) q = q * r + K::kQ[k];
+  for (int k = 1; k < length(K::kQ); ++k) q = q * r + K::kQ[k];
   const Vec<T> result = r * q + T(1);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
@@ -308,7 +333,7 @@ inline Vec<T> half_exp_excess(Vec<T> x) {
   const Vec<T> n = shifted - kRound;
   const Vec<T> r = (held - n * K::kLn2High) - n * K::kLn2Rest;
   Vec<T> p = broadcast<T>(K::kQ[0]);
-  for (std::size_t k = 1; k + 1 < std::size(K::kQ); ++k) p = p * r + K::kQ[k];
+  for (int k = 1; k + 1 < length(K::kQ); ++k) p = p * r + K::kQ[k];
   const Vec<T> half_power = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
   const Vec<T> rest = (half_power - T(0.5)) * (r + T(1)) - n * T(0.34657359027997264);
   return r * r * p * half_power + rest + (held - x) * T(0.5);
@@ -324,7 +349,7 @@ inline Vec<T> expm1_twice(Vec<T> x) {
   const Vec<T> n = shifted - kRound;
   const Vec<T> r = (held - n * K::kLn2High) - n * K::kLn2Rest;
   Vec<T> q = broadcast<T>(K::kQ[0]);
-  for (std::size_t k = 1; k < std::size(K::kQ); ++k) q = q * r + K::kQ[k];
+  for (int k = 1; k < length(K::kQ); ++k) q = q * r + K::kQ[k];
   const Vec<T> half_power = bit_cast<Vec<T>>(bit_cast<typename K::Bits>(shifted) << K::kMantissa);
   const Vec<T> half = r * q * half_power + (half_power - T(0.5));
   return half + half;
@@ -389,7 +414,7 @@ template <class T>
 inline Vec<T> twice_atanh(Vec<T> w) {
   const Vec<T> square = w * w;
   Vec<T> p = broadcast<T>(kAtanh<T>[0]);
-  for (std::size_t k = 1; k < std::size(kAtanh<T>); ++k) p = p * square + kAtanh<T>[k];
+  for (int k = 1; k < length(kAtanh<T>); ++k) p = p * square + kAtanh<T>[k];
   const Vec<T> twice = w + w;
   return twice * square * p + twice;
 }
@@ -423,7 +448,7 @@ inline Atan<T> atan(Vec<T> x) {
   const Vec<T> t = steep ? inverse : magnitude;
   const Vec<T> square = t * t;
   Vec<T> p = broadcast<T>(kAtan<T>[0]);
-  for (std::size_t k = 1; k < std::size(kAtan<T>); ++k) p = p * square + kAtan<T>[k];
+  for (int k = 1; k < length(kAtan<T>); ++k) p = p * square + kAtan<T>[k];
   const Vec<T> low = t * square * p + t;
   const Vec<T> value = steep ? kHalfPi - low : low;
   // 1 / (1 + x^2), whose denominator would overflow, as t^2 / (1 + t^2).

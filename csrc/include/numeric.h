@@ -25,6 +25,23 @@ struct Compute<double> {
   using type = double;
 };
 
+// A sum that keeps what each addition rounds off (Knuth's TwoSum): that of many numbers is as good
+// as they are. Always inlined, so that no level's code serves another.
+struct CompensatedSum {
+  double sum = 0, lost = 0;
+
+  __attribute__((always_inline)) void add(double x) {
+    const double next = sum + x;
+    const double share = next - sum;
+    lost += (sum - (next - share)) + (x - share);
+    sum = next;
+  }
+  // Past the range what is lost is not a number.
+  __attribute__((always_inline)) double value() const {
+    return lost - lost == 0 ? sum + lost : sum;
+  }
+};
+
 // Calls `visitor` with a null pointer of the storage type: visitor(static_cast<Storage*>(nullptr)).
 template <class Visitor>
 void visit_storage(DType dtype, Visitor visitor) {

@@ -31,7 +31,9 @@ struct Problem {
   std::int64_t image_stride[2][2 + kDims];  // batch, channel, space
   std::int64_t score_stride[3 + kDims];     // batch, group, space; of scores or their gradient
 
-  std::int64_t tiles_per_group() const { return tiles[0] * tiles[1] * tiles[2]; }
+  __attribute__((always_inline)) std::int64_t tiles_per_group() const {
+    return tiles[0] * tiles[1] * tiles[2];
+  }
   std::int64_t tasks() const { return batch * groups * tiles_per_group(); }
 };
 

@@ -42,7 +42,9 @@ struct Rows {
   std::int64_t length;           // elements of one row
 
   // One at least: a row without elements has a sum, too.
-  std::int64_t blocks() const { return length > kBlock ? (length + kBlock - 1) / kBlock : 1; }
+  __attribute__((always_inline)) std::int64_t blocks() const {
+    return length > kBlock ? (length + kBlock - 1) / kBlock : 1;
+  }
 };
 
 // Where the sum of each row goes, in the type of the arithmetic. With several blocks in a row

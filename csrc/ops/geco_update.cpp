@@ -85,15 +85,6 @@ State state_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.dim() > 0 ? tensor.stride(0) : 0, dtype_of(tensor)};
 }
 
-Tensor empty(const std::int64_t* sizes, std::int64_t dims, bool wide) {
-  const std::int64_t strides[] = {1, 0};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& ema,
@@ -113,9 +104,11 @@ std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& em
   const ScalarType types[] = {c_hat.scalar_type(), ema.scalar_type(), log_lambda.scalar_type()};
   const bool wide =
       std::find(std::begin(types), std::end(types), ScalarType::Double) != std::end(types);
-  const Tensor penalty = empty(nullptr, 0, wide);
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor penalty = empty(c_hat, {}, {}, dtype);
   // One value for each constraint, seen as often as there are values in the batch.
-  const Tensor slope = empty(c_hat.sizes().data(), c_hat.dim(), wide);
+  const std::int64_t steps[] = {1, 0};
+  const Tensor slope = empty(c_hat, c_hat.sizes(), {steps, std::size_t(c_hat.dim())}, dtype);
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const bool batched = c_hat.dim() == 2;
   cpu::active().kernels->geco_update_step(Params{

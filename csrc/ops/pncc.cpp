@@ -16,7 +16,6 @@ using pncc::Backward;
 using pncc::Forward;
 using pncc::kDims;
 using pncc::Problem;
-using torch::headeronly::ScalarType;
 
 struct Free {
   void operator()(double* memory) const { std::free(memory); }
@@ -117,10 +116,6 @@ Problem problem_of(const Tensor& x, const Tensor& y, const Options& options) {
   return p;
 }
 
-ScalarType sum_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Runs a kernel over all tasks on torch's threads, each with scratch memory of its own.
 template <class Params, class Kernel, class Measure>
 void run(const Params& params, std::int64_t values, Kernel kernel, Measure measure) {
@@ -146,7 +141,7 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
   const Problem problem = problem_of(x, y, options);
   Forward params{problem};
   Tensor result = params.reduced
-                      ? torch::stable::new_empty(x, {params.batch}, sum_type(x))
+                      ? torch::stable::new_empty(x, {params.batch}, compute_dtype(x))
                       : torch::stable::new_empty(x, score_sizes(problem, x, options.joint));
   if (x.numel() == 0) {
     // No values correlate to zero; the mean over no patches is not a number.
@@ -177,10 +172,7 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
 
 std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Options& options,
                                     const Tensor& grad, bool wants_x, bool wants_y) {
-  const auto gradient = [](const Tensor& image, bool wanted) {
-    return wanted ? torch::stable::empty_like(image) : torch::stable::new_empty(image, {0});
-  };
-  Tensor grad_x = gradient(x, wants_x), grad_y = gradient(y, wants_y);
+  Tensor grad_x = gradient_like(x, wants_x), grad_y = gradient_like(y, wants_y);
   if (x.numel() == 0 || !(wants_x || wants_y)) return {grad_x, grad_y};
   // The score is symmetric; the kernel's y is the image whose gradient is wanted for certain.
   Backward params{wants_y ? problem_of(x, y, options) : problem_of(y, x, options)};
@@ -188,8 +180,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Opti
   const std::vector<std::int64_t> sizes = score_sizes(params, x, options.joint);
   bool fits = grad.dim() == (params.reduced ? 1 : std::int64_t(sizes.size()));
   for (std::int64_t d = 0; fits && d < grad.dim(); ++d) fits = grad.size(d) == sizes[d];
-  STD_TORCH_CHECK(fits && grad.scalar_type() == (params.reduced ? sum_type(x) : x.scalar_type()),
-                  "pncc: the gradient must have the shape and dtype of the result");
+  STD_TORCH_CHECK(
+      fits && grad.scalar_type() == (params.reduced ? compute_dtype(x) : x.scalar_type()),
+      "pncc: the gradient must have the shape and dtype of the result");
   params.grad = grad.const_data_ptr();
   params.score_stride[0] = grad.stride(0);
   if (!params.reduced) {

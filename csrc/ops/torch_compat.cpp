@@ -129,9 +129,9 @@ void add_partial_sums(const double* partial, std::int64_t blocks, double divisor
     using T = typename Compute<Storage>::type;
     T* out = static_cast<T*>(total.mutable_data_ptr());
     for (std::int64_t row = 0; row < total.size(0); ++row) {
-      double sum = 0;
-      for (std::int64_t block = 0; block < blocks; ++block) sum += partial[row * blocks + block];
-      out[row] = T(sum / divisor);
+      CompensatedSum sum;
+      for (std::int64_t block = 0; block < blocks; ++block) sum.add(partial[row * blocks + block]);
+      out[row] = T(sum.value() / divisor);
     }
   });
 }

@@ -45,8 +45,7 @@ class Budget:
     results and 3 for gradients; errors are the largest distances from the reference in float64.
 
     In float64 the reference can't measure its own rounding: there `same` is float32's result, and
-    its error is scaled by the ratio of the two epsilons; all of it counts twice, for the yardstick
-    is rounded, too, and in another order than what it measures.
+    its error is scaled by the ratio of the two epsilons.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Budget:
     got: float = 0.0
     allowed_own: float = 0.0
     allowed_unit: float = 0.0
-    rounded_yardsticks: int = 1
 
     def add_draws(self, draws: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take in several draws at once, each as `add` does."""
@@ -68,14 +66,13 @@ class Budget:
             raise AssertionError(f"{self.name}: the reference leaves the range of {same.dtype}")
         finite = exact[exact.to(actual.dtype).isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
-        self.rounded_yardsticks = 2 if actual.dtype == exact.dtype else 1
         self.got = max(self.got, error(actual, exact))
         self.allowed_own = max(self.allowed_own, (3 if self.gradient else 2) * own)
         self.allowed_unit = max(self.allowed_unit, epsilon * largest)
 
     def check(self) -> None:
         """Raise AssertionError if the rule is broken."""
-        allowed = self.rounded_yardsticks * (self.allowed_own + self.allowed_unit)
+        allowed = self.allowed_own + self.allowed_unit
         if not self.got <= allowed:
             raise AssertionError(f"{self.name}: error {self.got:.3e} exceeds {allowed:.3e}")
 
