@@ -1,12 +1,28 @@
-"""Memory that one call takes at its peak."""
+"""Memory that one call takes at its peak, and where it comes from."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next call, for good; elsewhere do nothing.
+
+    By default it hands large blocks back to the system, and takes the next from there, page by
+    page, in zeros: that may take longer than the work, and how often it happens is chance.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            trim_threshold, mmap_max = -1, -4
+            mallopt(trim_threshold, 2**31 - 1)
+            mallopt(mmap_max, 0)
 
 
 @contextmanager

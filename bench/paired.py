@@ -18,7 +18,7 @@ import torch
 from geco_fast._backend import LIBRARY
 from geco_fast.bench.entrants import FORWARD, Entrant, Problem, Results
 from geco_fast.bench.limits import measure_limits
-from geco_fast.bench.memory import peak_bytes
+from geco_fast.bench.memory import keep_freed_memory, peak_bytes
 from geco_fast.bench.results import Row
 from geco_fast.bench.rivals import Rival
 from geco_fast.testing.budget import Budget
@@ -243,6 +243,7 @@ def compare(
     chosen = known if rivals is None else [name for name in known if name in rivals]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         ready, out = sides(problem, chosen, effort)
         limits = measure_limits(threads)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +63,27 @@ def problem_with(case: Case = CASE, **rivals: Rival) -> OperatorProblem:
 def half_wrong(gates: torch.Tensor, c: torch.Tensor, **options: object) -> tuple:
     h, c_next = reference.lstm_gates(gates, c, **options)
     return h, c_next * 1.001
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_used_again() -> None:
+    program = """
+import resource, torch
+from geco_fast.bench.memory import keep_freed_memory
+keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for _ in range(9):
+    before = faults()
+    torch.ones(1 << 24)
+    counts.append(faults() - before)
+print(*counts)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    first, *_, last = map(int, printed.split())
+    assert last < first / 10
 
 
 def test_every_rival_gets_a_row_in_each_direction() -> None:
