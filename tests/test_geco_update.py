@@ -343,15 +343,19 @@ def test_new_batch_size_does_not_recompile(update):
         torch.testing.assert_close(*states)
 
 
-@pytest.mark.slow
-def test_inductor():
+@each_backend
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compiled_gradients_are_by_the_multipliers_before(backend, compiler):
+    """They may be recomputed for backward, but not from the state that the call has written."""
     torch._dynamo.reset()
-    compiled = torch.compile(geco_update, fullgraph=True)
+    compiled = torch.compile(geco_update, fullgraph=True, backend=compiler)
     states = state(3), state(3)
     for _ in range(3):
         values = [draw(3, 7).requires_grad_() for _ in range(2)]
         results = [
-            run(value, *tensors, **OPTIONS)
+            run(value, *tensors, **OPTIONS, backend=backend)
             for run, value, tensors in zip((geco_update, compiled), values, states, strict=True)
         ]
         gradients = [

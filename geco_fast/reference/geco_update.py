@@ -23,6 +23,27 @@ class GECOOptions(NamedTuple):
     parametrization: str = "exp"
 
 
+@torch.library.custom_op("geco_fast::multipliers", mutates_args=())
+def _multipliers(log_lambda: Tensor) -> Tensor:
+    return log_lambda.exp()
+
+
+@_multipliers.register_fake
+def _(log_lambda: Tensor) -> Tensor:
+    return torch.empty_like(log_lambda)
+
+
+def multipliers(log_lambda: Tensor) -> Tensor:
+    """Return lambda, which has no gradient.
+
+    What it knows how to recompute, torch.compile saves the inputs of; the gradients would be those
+    of the state written meanwhile. An operator of our own it can only save.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _multipliers(log_lambda)  # type: ignore[no-any-return]
+    return log_lambda.exp()
+
+
 def batch_means(c_hat: Tensor, ema: Tensor, log_lambda: Tensor) -> Tensor:
     """Constraints ``[L]``, or batch means of ``[L, B]``, in the widest dtype, at least float32."""
     dtype = torch.promote_types(ema.dtype, log_lambda.dtype)
@@ -38,7 +59,7 @@ def next_state(
     ema, log_lambda, value = ema.detach().to(c.dtype), log_lambda.detach().to(c.dtype), c.detach()
     ema = torch.where(step == 0, value, options.alpha * ema + (1 - options.alpha) * value)
     # Value of the average, exactly; gradient of the batch.
-    penalty = (log_lambda.exp() * ((c - value) + ema)).sum()
+    penalty = (multipliers(log_lambda) * ((c - value) + ema)).sum()
 
     ascent = options.step_size * ema
     if options.speedup is not None:
@@ -69,7 +90,7 @@ def geco_update(
     """Define `geco_fast.ops.geco_update`; `options` are those of `GECOOptions`."""
     if not update:
         c = batch_means(c_hat, ema, log_lambda)
-        return (log_lambda.detach().to(c.dtype).exp() * c).sum()
+        return (multipliers(log_lambda.detach().to(c.dtype)) * c).sum()
     penalty, *state = next_state(c_hat, ema, log_lambda, step, GECOOptions(**options))
     with torch.no_grad():
         for tensor, value in zip((ema, log_lambda, step), state, strict=True):
