@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ from geco_fast.testing.calls import (
 )
 from geco_fast.testing.cases import lay_out
 from geco_fast.testing.guards import Guards
+
+Named = dict[str, Any]
 
 QUICK = settings(
     deadline=None,
@@ -74,11 +78,9 @@ class Judge:
         same: Tensor,
         exact: Tensor,
         calm: Tensor | None,
-        again: Tensor | None,
+        roundings: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
         judged = within(got, same, exact, name)
-        if again is not None:
-            judged &= again.isfinite()
         masks = {name: judged}
         if calm is not None:
             # What no extreme value has touched is held to the rule among its like.
@@ -89,8 +91,9 @@ class Judge:
                 self.fewest = min(self.fewest, count)
                 budget = self.budgets.setdefault(key, Budget(key, "gradient" in name))
                 budget.add(got[mask], same[mask], exact[mask])
-                if again is not None:
-                    budget.add(got[mask], again[mask], exact[mask])
+                for rounded, exactly in roundings:
+                    both = mask & rounded.isfinite() & exactly.isfinite()
+                    budget.add(exactly[both], rounded[both], exactly[both])
 
     def allow_cancelled(self, dense: Judge) -> None:
         """Where every exact value is zero, allow a rounding of what the same call is if dense."""
@@ -102,23 +105,43 @@ class Judge:
         return all(b.got <= b.allowed_own + b.allowed_unit for b in self.budgets.values())
 
 
-def reordered(arguments: Any) -> Any:
-    """The same values in float64, the last dimension slowest in memory.
+def roundings(
+    example: Example, arguments: Any, exact: Named, call: Callable[[Any], Named]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """More pairs of what the reference rounds and of the exact, for float64; by name.
 
-    PyTorch adds in the order of memory. How far that moves the reference is its own rounding in
-    float64, which its rounding in float32 only guesses.
+    There the reference in float32 only stands for what rounding in float64 might do, and a draw
+    that decides may have been a lucky one. So the arguments' neighbours are asked as well, whose
+    errors are as large; and the reference in float64 with the last dimension slowest in memory, for
+    PyTorch adds in the order of memory.
     """
-    return _pytree.tree_map_only(
-        Tensor, lambda tensor: lay_out(tensor, "reversed"), cast(arguments, torch.float64)
-    )
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in exact}
+    if example.dtype != torch.float64:
+        return found
+
+    def changed(change: Callable[[Tensor], Tensor]) -> Any:
+        def of_floating(tensor: Tensor) -> Tensor:
+            return change(tensor) if tensor.is_floating_point() else tensor
+
+        return _pytree.tree_map_only(Tensor, of_floating, cast(arguments, torch.float64))
+
+    pairs = [(call(changed(lambda tensor: lay_out(tensor, "reversed"))), exact)]
+    for factor in (1 - 1 / 128, 1 + 1 / 128, 1 + 3 / 128):
+        # In float32 first: both arithmetics get the same numbers.
+        near = changed(lambda tensor, factor=factor: (tensor * factor).float().double())
+        pairs.append((call(cast(near, torch.float32)), call(near)))
+    for rounded, exactly in pairs:
+        for name, wanted in exactly.items():
+            if wanted is not None and wanted.is_floating_point():
+                found[name].append((rounded[name], wanted))
+    return found
 
 
 def draw_results(example: Example, seed: int, served_by: list[str], judge: Judge) -> None:
     case = example.case
     arguments = case.arguments(case.tensors(example.dtype, seed))
     exact, same = expect_results(case, arguments)
-    wide = example.dtype == torch.float64
-    again = named_results(case, reordered(arguments)) if wide else {}
+    more = roundings(example, arguments, exact, partial(named_results, case))
     calm: dict[str, Any] = {}
     if example.calm is not None:
         calm_arguments = case.arguments(example.calm.tensors(example.dtype, seed))
@@ -136,7 +159,7 @@ def draw_results(example: Example, seed: int, served_by: list[str], judge: Judge
             assert got.dtype == like[name].dtype, f"{key}: {got.dtype}"
             assert same_layout(got, like[name]), f"{key}: strides {got.stride()}"
             if got.is_floating_point():
-                judge.add(key, got, same[name], exact[name], calm.get(name), again.get(name))
+                judge.add(key, got, same[name], exact[name], calm.get(name), more[name])
             else:
                 assert torch.equal(got, exact[name]), key
 
@@ -146,9 +169,12 @@ def draw_gradients(example: Example, seed: int, served_by: list[str], judge: Jud
     tensors = case.tensors(example.dtype, seed)
     incoming = example.incoming(case.call(case.arguments(cast(tensors, example.dtype))), seed)
     exact, same = expect_gradients(case, tensors, incoming, example.wanted)
-    again: dict[str, Any] = {}
-    if example.dtype == torch.float64:
-        again = named_gradients(case, reordered(tensors), incoming, names=example.wanted)
+    more = roundings(
+        example,
+        tensors,
+        exact,
+        lambda tensors: named_gradients(case, tensors, incoming, names=example.wanted),
+    )
     calm: dict[str, Any] = {}
     if example.calm is not None:
         calm_tensors = cast(example.calm.tensors(example.dtype, seed), torch.float64)
@@ -166,7 +192,7 @@ def draw_gradients(example: Example, seed: int, served_by: list[str], judge: Jud
                 continue
             assert got is not None, f"no {key}"
             assert got.dtype == example.dtype, f"{key}: {got.dtype}"
-            judge.add(key, got, same[name], wanted, calm.get(name), again.get(name))
+            judge.add(key, got, same[name], wanted, calm.get(name), more[name])
 
 
 def without_layouts(example: Example) -> Example:
