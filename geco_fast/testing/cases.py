@@ -650,6 +650,8 @@ LNCC = [
     ),
     _lncc("9x9-16x3x64x64", 16, 3, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
     _lncc("9x9-32x1x64x64", 32, 1, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
+    _lncc("9x9-32x1x28x28", 32, 1, 28, 28, kernel_size=9, reduction="mean", tags=BENCH),
+    _lncc("9x9-1x1x28x28", 1, 1, 28, 28, kernel_size=9, reduction="mean", tags=BENCH),
 ]
 
 
