@@ -205,6 +205,20 @@ def test_non_finite_values_stay_where_they_are(level, dtype, name, where, value)
         assert torch.equal(got.isfinite(), wanted.isfinite())
 
 
+@needs_library
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_points_normaliser_has_no_gradient_from_other_points(level, value):
+    tensors, _ = everything(70, 19, 3, torch.float64)
+    tensors[0][3, 1] = value
+    points = tensors[0].requires_grad_()
+    for function, options in ((equilibrium_map, {"backend": "cpu"}), (definition, {})):
+        _, log_normaliser = function(*tensors[:3], log_prior=tensors[3], **options)
+        (gradient,) = torch.autograd.grad(log_normaliser.sum(), points)
+        assert gradient[3].isnan().any()
+        others = torch.arange(70) != 3
+        assert gradient[others].isfinite().all()
+
+
 MEMORY = """
 import resource, sys, torch
 from geco_fast.ops import equilibrium_map

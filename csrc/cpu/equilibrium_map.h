@@ -340,12 +340,15 @@ void pack_vectors(const em::Operands& p, const em::Backward* backward, std::int6
                    : p.log_prior.data == nullptr ? uniform
                                                  : T(element<Storage>(p.log_prior, a));
     if (backward == nullptr) continue;
-    const T log_mass = element<T>(p.log_mass, from);
-    // No mass means no part in any softmax; only the map's own gradient has no value then.
-    const bool counts = real && (slopes || log_mass != -kInfinity<T>);
+    // The map's own gradient goes by the weights over the data. Without it only each point's
+    // softmax is wanted: its prior stands in for the mass, which other points' NaN would enter.
+    const bool counts = real && (slopes || log_prior[a] != -kInfinity<T>);
+    const T log_mass = slopes ? element<T>(p.log_mass, from) : -log_prior[a];
     place.array(p.plan.log_mass)[a] = counts ? log_mass : kInfinity<T>;
-    place.array(p.plan.prior_mass)[a] =
-        counts ? T(std::exp(double(log_prior[a]) + double(log_mass))) : T(0);
+    place.array(p.plan.prior_mass)[a] = !counts ? T(0)
+                                        : slopes
+                                            ? T(std::exp(double(log_prior[a]) + double(log_mass)))
+                                            : T(1);
     T* grad_mapped = place.array(p.plan.grad_mapped);
     T* means = place.array(p.plan.means);
     for (std::int64_t k = 0; slopes && k < p.d; ++k)
