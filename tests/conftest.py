@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--random-examples", type=int, default=300, help="random calls of each operator"
     )
     parser.addoption(
+        "--random-seed", type=int, default=1, help="seed of the slow tests' random calls"
+    )
+    parser.addoption(
         "--require-backend",
         action="append",
         default=[],
