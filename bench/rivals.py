@@ -1,7 +1,7 @@
 """Rivals: other implementations of what an operator or a module computes, and where they are found.
 
-`bench/baselines/<stem>.py` holds those of the operators of a stem, in a mapping called ``RIVALS``;
-a stem without the file has none beyond plain PyTorch and `torch.compile` of it.
+`bench/baselines/<operator>.py` holds those of an operator, in a mapping called ``RIVALS``; an
+operator without the file has none beyond plain PyTorch and `torch.compile` of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from geco_fast import ops
 from geco_fast.testing.cases import Case, cases
 
 # What there is for every operator and module; "self" is ours once more, and shows the noise.
@@ -54,23 +53,18 @@ def like_operator(function: Callable[..., Any]) -> Callable[[Case], Callable[...
     return lambda case: partial(function, **case.options)
 
 
-def declared(stem: str) -> Mapping[str, Rival]:
-    """Rivals in ``bench/baselines/<stem>.py``."""
-    name = f"geco_fast.bench.baselines.{stem}"
+def declared(operator: str) -> Mapping[str, Rival]:
+    """Rivals in ``bench/baselines/<operator>.py``."""
+    name = f"geco_fast.bench.baselines.{operator}"
     if importlib.util.find_spec(name) is None:
         return {}
-    return getattr(importlib.import_module(name), "RIVALS", {})
-
-
-def stem_of(operator: str) -> str:
-    """Name of an operator's files."""
-    return getattr(ops, operator).__module__.rpartition(".")[2]
+    rivals: Mapping[str, Rival] = importlib.import_module(name).RIVALS
+    return rivals
 
 
 def operator_rivals(case: Case) -> dict[str, Rival]:
     """Rivals that serve a case, besides those there always are."""
-    rivals = declared(stem_of(case.operator))
-    return {name: rival for name, rival in rivals.items() if rival.serves(case)}
+    return {name: rival for name, rival in declared(case.operator).items() if rival.serves(case)}
 
 
 def bench_cases(operator: str | None = None) -> list[Case]:

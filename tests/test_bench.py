@@ -21,7 +21,7 @@ from geco_fast.bench.limits import LEAST, Limits, Work, measure_limits, operator
 from geco_fast.bench.memory import peak_bytes
 from geco_fast.bench.paired import Effort, TooSlow, WrongResult, compare, pair, patience, sides
 from geco_fast.bench.results import ResultFile, Row
-from geco_fast.bench.rivals import Rival, bench_cases, like_operator
+from geco_fast.bench.rivals import Rival, bench_cases, like_operator, operator_rivals
 from geco_fast.testing.cases import GECO_UPDATE, LSTM_GATES, Case
 
 QUICK = Effort(pairs=3, slice_s=1e-4, seconds=1.0)
@@ -84,6 +84,20 @@ print(*counts)
     ).stdout
     first, *_, last = map(int, printed.split())
     assert last < first / 10
+
+
+@pytest.mark.parametrize(
+    ("operator", "names"),
+    [
+        ("equilibrium_map", {"chunked products"}),
+        ("geco_update", {"by hand"}),
+        ("lncc", {"MONAI", "FireANTs", "neurite"}),
+        ("pncc", {"box filters", "box filters, compiled"}),
+    ],
+)
+def test_rivals_of_an_operator(operator: str, names: set[str]) -> None:
+    for case in bench_cases(operator):
+        assert set(operator_rivals(case)) == names
 
 
 def test_every_rival_gets_a_row_in_each_direction() -> None:

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from geco_fast.bench.rivals import Rival, like_operator
+
 
 def geco_update(
     c_hat: Tensor,
@@ -30,3 +32,14 @@ def geco_update(
     log_lambda.add_(step_size * ema).clamp_(math.log(lambda_min), math.log(lambda_max))
     step.add_(1)
     return penalty
+
+
+OPTIONS = {"alpha", "step_size", "lambda_min", "lambda_max"}
+RIVALS = {
+    "by hand": Rival(
+        like_operator(geco_update),
+        lambda case: case.options.keys() <= OPTIONS,
+        math.inf,
+        "its average starts at zero; without bounds of a step, warm-up and other parametrizations",
+    )
+}
