@@ -31,7 +31,6 @@ from geco_fast.testing.cases import lay_out
 from geco_fast.testing.guards import Guards
 
 Named = dict[str, Any]
-BESIDE = " beside extremes"
 
 QUICK = settings(
     deadline=None,
@@ -85,8 +84,9 @@ class Judge:
         judged = within(got, same, exact, name)
         masks = {name: judged}
         if calm is not None:
-            # What no extreme value has touched is held to the rule among its like.
-            masks[name + BESIDE] = judged & (calm == exact)
+            # What no extreme value has touched is held to the rule among its like. Of a zero that
+            # can't be told: the reference's 1 - sigmoid is one, too, and hides any factor.
+            masks[f"{name} beside extremes"] = judged & (calm == exact) & (exact != 0)
         for key, mask in masks.items():
             count = int(mask.sum())
             if count:
@@ -98,14 +98,10 @@ class Judge:
                     budget.add(exactly[both], rounded[both], exactly[both])
 
     def allow_cancelled(self, dense: Judge) -> None:
-        """Where every exact value is zero, allow a rounding of others' of the same quantity.
-
-        Those are what the same call gives if dense, and those that extreme values have touched.
-        """
+        """Where every exact value is zero, allow a rounding of what the same call is if dense."""
         for key, budget in self.budgets.items():
-            if budget.allowed_own + budget.allowed_unit == 0:
-                others = dense.budgets.get(key), self.budgets[key.removesuffix(BESIDE)]
-                budget.allowed_unit = max(other.allowed_unit for other in others if other)
+            if budget.allowed_own + budget.allowed_unit == 0 and key in dense.budgets:
+                budget.allowed_unit = dense.budgets[key].allowed_unit
 
     def kept(self) -> bool:
         return all(b.got <= b.allowed_own + b.allowed_unit for b in self.budgets.values())
