@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from marks import every_level, needs_library
 
 from geco_fast import reference
-from geco_fast._backend import LIBRARY
 from geco_fast._checks import FLOATING
 from geco_fast.ops import affine_coupling
 from geco_fast.testing.budget import Budget, assert_within_budget
-
-LEVELS = [f"cpu-{level}" for level in LIBRARY.instruction_sets()] if LIBRARY else []
-every_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
 
 MAPS = {
     "exp": lambda a, clamp: a,
@@ -236,7 +233,7 @@ def test_any_number_of_dimensions(backend):
     assert torch.equal(log_det, flat_log_det)
 
 
-@pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
+@needs_library
 def test_operator_itself_checks_what_memory_needs():
     x = torch.zeros(2, 3)
     forward = torch.ops.geco_fast.affine_coupling

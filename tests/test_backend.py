@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_library
 from torch import Tensor
 
 import geco_fast as gf
 from geco_fast._backend import LIBRARY, select
 from geco_fast._registry import KERNELS
-
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
 
 
 @pytest.fixture

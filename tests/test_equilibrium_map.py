@@ -6,21 +6,11 @@ import sys
 
 import pytest
 import torch
+from marks import every_level, needs_library
 
-from geco_fast._backend import LIBRARY
 from geco_fast._checks import FLOATING
 from geco_fast.ops import equilibrium_map
 from geco_fast.reference import equilibrium_map as definition
-
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
-
-
-@pytest.fixture(params=LIBRARY.instruction_sets() if LIBRARY else [])
-def level(request):
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(request.param)
-    yield request.param
-    LIBRARY.set_instruction_set(before)
 
 
 def dense(x, psi, beta, log_prior):
@@ -115,17 +105,17 @@ def everything(n, m, d, dtype=torch.float64):
     return [t.to(dtype) for t in (x, psi, beta, log_prior)], [t.to(dtype) for t in upstream]
 
 
-@needs_library
+@every_level
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize(
     ("n", "m", "d"),
     [(1, 1, 1), (2, 17, 5), (63, 16, 3), (65, 33, 7), (129, 15, 35), (1700, 31, 2), (70, 50, 129)],
 )
-def test_sizes_around_the_kernels_blocks(level, n, m, d, used):
+def test_sizes_around_the_kernels_blocks(backend, n, m, d, used):
     tensors, upstream = everything(n, m, d)
     x, psi, beta, log_prior = tensors
     for got, wanted in zip(
-        equilibrium_map(x, psi, beta, log_prior=log_prior, backend="cpu"),
+        equilibrium_map(x, psi, beta, log_prior=log_prior, backend=backend),
         definition(x, psi, beta, log_prior=log_prior),
         strict=True,
     ):
@@ -168,13 +158,13 @@ def test_threads_change_no_bit(n, d):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-@needs_library
+@every_level
 @pytest.mark.parametrize("step", [10, -10])
-def test_bound_rises_with_the_data(level, step):
+def test_bound_rises_with_the_data(backend, step):
     """Each datum is e^1000 or more times as likely as the one before, or as little."""
     x = torch.arange(1000, 1000 + 200 * step, step, dtype=torch.float64)[:, None]
     psi = torch.tensor([[1000.0], [2003.0], [9000.0]], dtype=torch.float64)
-    mapped, _ = equilibrium_map(x, psi, 1e-2, backend="cpu")
+    mapped, _ = equilibrium_map(x, psi, 1e-2, backend=backend)
     torch.testing.assert_close(mapped, definition(x, psi, 1e-2)[0])
 
 
@@ -192,26 +182,26 @@ NON_FINITE = [
 ]
 
 
-@needs_library
+@every_level
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize(("name", "where", "value"), NON_FINITE)
-def test_non_finite_values_stay_where_they_are(level, dtype, name, where, value):
+def test_non_finite_values_stay_where_they_are(backend, dtype, name, where, value):
     tensors, _ = everything(70, 19, 3, dtype)
     named = dict(zip(("x", "psi", "beta", "log_prior"), tensors, strict=True))
     named[name][where] = value
     for got, wanted in zip(
-        equilibrium_map(**named, backend="cpu"), definition(**named), strict=True
+        equilibrium_map(**named, backend=backend), definition(**named), strict=True
     ):
         assert torch.equal(got.isfinite(), wanted.isfinite())
 
 
-@needs_library
+@every_level
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_points_normaliser_has_no_gradient_from_other_points(level, value):
+def test_a_points_normaliser_has_no_gradient_from_other_points(backend, value):
     tensors, _ = everything(70, 19, 3, torch.float64)
     tensors[0][3, 1] = value
     points = tensors[0].requires_grad_()
-    for function, options in ((equilibrium_map, {"backend": "cpu"}), (definition, {})):
+    for function, options in ((equilibrium_map, {"backend": backend}), (definition, {})):
         _, log_normaliser = function(*tensors[:3], log_prior=tensors[3], **options)
         (gradient,) = torch.autograd.grad(log_normaliser.sum(), points)
         assert gradient[3].isnan().any()

@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
+from marks import every_level, needs_library
 from torch.distributions import Normal, kl_divergence
 
 from geco_fast import reference
-from geco_fast._backend import LIBRARY
 from geco_fast._checks import FLOATING
 from geco_fast.ops import gaussian_latent
 from geco_fast.testing.budget import assert_within_budget
-
-LEVELS = [f"cpu-{level}" for level in LIBRARY.instruction_sets()] if LIBRARY else []
-every_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4, 5)])
@@ -139,7 +136,7 @@ def test_any_number_of_dimensions(backend):
     assert torch.equal(kl, flat_kl)
 
 
-@pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
+@needs_library
 def test_operator_itself_checks_what_memory_needs():
     x = torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match="gaussian_latent: shapes differ"):

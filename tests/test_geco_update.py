@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
+from marks import needs_library
 
 from geco_fast import reference
-from geco_fast._backend import LIBRARY
 from geco_fast.ops import geco_update
 from geco_fast.ops.geco_update import geco_options
 
 OPTIONS = {"alpha": 0.9, "step_size": 0.3}
 
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
 each_backend = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("cpu", marks=needs_library)]
 )
@@ -365,6 +364,19 @@ def test_compiled_gradients_are_by_the_multipliers_before(backend, compiler):
         torch.testing.assert_close(*results)
         torch.testing.assert_close(*gradients)
         torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_compiled_vmap_is_one_call_each(update):
+    torch._dynamo.reset()
+
+    def each(c_hat, ema, log_lambda, step):
+        return geco_update(c_hat, ema, log_lambda, step, **OPTIONS, update=update)
+
+    compiled = torch.compile(torch.func.vmap(each), fullgraph=True, backend="aot_eager")
+    values, batched = draw(4, 3), [tensor.expand(4, *tensor.shape).clone() for tensor in state(3)]
+    wanted = [each(value, *(t.clone() for t in state(3))) for value in values]
+    torch.testing.assert_close(compiled(values, *batched), torch.stack(wanted))
 
 
 def test_checked_options_do_not_hide_wrong_ones():

@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
+from marks import every_level, needs_library
 from torch import Tensor
 
 import geco_fast as gf
 from geco_fast import reference
-from geco_fast._backend import LIBRARY
 from geco_fast._checks import FLOATING
 from geco_fast.testing.budget import assert_within_budget
-
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
 
 
 def operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -42,10 +40,9 @@ def test_forget_bias_is_added_to_the_forget_gate() -> None:
         torch.testing.assert_close(got, wanted)
 
 
-@needs_library
-@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@every_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_activations_over_their_whole_range(level: str, dtype: torch.dtype) -> None:
+def test_activations_over_their_whole_range(backend: str, dtype: torch.dtype) -> None:
     """Through the operator, sigmoid and tanh alone, down to the least normal number."""
     x = torch.cat([torch.linspace(-86, 86, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
     n = x.numel()
@@ -53,13 +50,10 @@ def test_activations_over_their_whole_range(level: str, dtype: torch.dtype) -> N
 
     def state(i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
         gates = torch.cat([i, f, g, zero]).view(1, 4 * n)
-        return gf.ops.lstm_gates(gates, c.view(1, n), backend="cpu")[1].view(n)
+        return gf.ops.lstm_gates(gates, c.view(1, n), backend=backend)[1].view(n)
 
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(level)
     sigmoid = state(zero, x, zero, torch.ones(n, dtype=dtype))
     tanh = state(open_gate, zero, x, zero)
-    LIBRARY.set_instruction_set(before)
     exact = [1 / (1 + math.exp(-v)) for v in x.tolist()], [math.tanh(v) for v in x.tolist()]
     for got, wanted in zip((sigmoid, tanh), exact, strict=True):
         wanted_tensor = torch.tensor(wanted, dtype=torch.float64)
@@ -67,19 +61,15 @@ def test_activations_over_their_whole_range(level: str, dtype: torch.dtype) -> N
         assert (error <= 3 * torch.finfo(dtype).eps * wanted_tensor.abs()).all()
 
 
-@needs_library
-@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@every_level
 @pytest.mark.parametrize("dtype", FLOATING)
-def test_non_finite_values_stay_where_they_are(level: str, dtype: torch.dtype) -> None:
+def test_non_finite_values_stay_where_they_are(backend: str, dtype: torch.dtype) -> None:
     gates, c = operands(1, 1, 512, dtype=dtype)
     for k, value in enumerate((math.nan, math.inf, -math.inf)):
         for block in range(4):
             gates[0, block, 10 * k + block] = value
         c[0, 0, 10 * k + 4] = value
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(level)
-    results = gf.ops.lstm_gates(gates, c, backend="cpu")
-    LIBRARY.set_instruction_set(before)
+    results = gf.ops.lstm_gates(gates, c, backend=backend)
     same = torch.float32 if dtype == torch.float64 else dtype
     for got, s, exact in zip(
         results,
@@ -91,17 +81,14 @@ def test_non_finite_values_stay_where_they_are(level: str, dtype: torch.dtype) -
         assert_within_budget(got, s, exact)
 
 
-@needs_library
-@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
+@every_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_shut_gate_lets_nothing_through(level: str, dtype: torch.dtype) -> None:
+def test_a_shut_gate_lets_nothing_through(backend: str, dtype: torch.dtype) -> None:
     shut, huge = -math.inf, 1e30
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(level)
 
     def run(i: float, f: float, g: float, o: float, c: float) -> tuple[float, float]:
         gates = torch.tensor([[i, f, g, o]], dtype=dtype)
-        h, c_next = gf.ops.lstm_gates(gates, torch.tensor([[c]], dtype=dtype), backend="cpu")
+        h, c_next = gf.ops.lstm_gates(gates, torch.tensor([[c]], dtype=dtype), backend=backend)
         return h.item(), c_next.item()
 
     assert run(0, shut, 0, 0, huge) == (0, 0)
@@ -109,23 +96,18 @@ def test_a_shut_gate_lets_nothing_through(level: str, dtype: torch.dtype) -> Non
     assert run(shut, shut, 5, 0, huge) == (0, 0)
     assert run(0, 0, 5, shut, 1)[0] == 0
     assert all(math.isnan(value) for value in run(0, shut, 0, 0, math.inf))
-    LIBRARY.set_instruction_set(before)
 
 
-@needs_library
-@pytest.mark.parametrize("level", LIBRARY.instruction_sets() if LIBRARY else [])
-def test_without_a_gradient_to_h_nothing_comes_from_h(level: str) -> None:
+@every_level
+def test_without_a_gradient_to_h_nothing_comes_from_h(backend: str) -> None:
     """Its absence is no zero to multiply a NaN with."""
     gates, c = operands(2, 3, 5)
     c[0, 0, 0] = gates[1, 9, 1] = math.nan
-    before = LIBRARY.instruction_set()
-    LIBRARY.set_instruction_set(level)
     gates.requires_grad_()
     got, wanted = (
-        torch.autograd.grad(gf.ops.lstm_gates(gates, c, backend=backend)[1].sum(), gates)[0]
-        for backend in ("cpu", "reference")
+        torch.autograd.grad(gf.ops.lstm_gates(gates, c, backend=each)[1].sum(), gates)[0]
+        for each in (backend, "reference")
     )
-    LIBRARY.set_instruction_set(before)
     assert torch.equal(got.isnan(), wanted.isnan())
     assert got.isnan().sum() == 1
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_library
 
 import geco_fast
 from geco_fast._backend import LIBRARY
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_TORCH = "2.14.1"
-
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="pure-Python installation")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:

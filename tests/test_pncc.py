@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import every_level
 
-from geco_fast._backend import LIBRARY
 from geco_fast.ops import lncc, pncc
 from geco_fast.testing.budget import Budget
 
@@ -150,8 +150,6 @@ def test_wrong_arguments_are_named(shape, options, error, message):
         pncc(x, x, **options)
 
 
-LEVELS = tuple(LIBRARY.instruction_sets()) if LIBRARY is not None else ()
-KERNELS = [f"cpu-{level}" for level in LEVELS]
 CALLS = {
     "joint": (lambda x, y, **options: pncc(x, y, 4, **options)),
     "separate": (lambda x, y, **options: pncc(x, y, (3, 4), channels="separate", **options)),
@@ -170,7 +168,7 @@ def with_gradients(call, x, y, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@every_level
 def test_what_is_not_finite_stays_where_the_reference_has_it(backend, call, dtype):
     for image in range(2):
         for value in (torch.nan, torch.inf, -torch.inf):
@@ -185,7 +183,7 @@ def test_what_is_not_finite_stays_where_the_reference_has_it(backend, call, dtyp
                     torch.testing.assert_close(g[finite], w[finite], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@every_level
 def test_an_image_without_finite_values(backend):
     x, y = images(1, 1, 6, 7)
     x[:] = torch.nan
@@ -233,7 +231,7 @@ def test_squared_is_that_of_box_sums(shape, size, smooth):
         torch.testing.assert_close(reduced, getattr(wanted.flatten(1), reduction)(1))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@every_level
 @pytest.mark.parametrize("seed", range(12))
 def test_any_sizes_and_strides(backend, seed):
     # Tiles of the kernel end at 128 rows and columns; rows of up to three vectors' widths.
@@ -262,7 +260,7 @@ def test_any_sizes_and_strides(backend, seed):
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@every_level
 @pytest.mark.parametrize("level", [1.0, 255.0, 1e4])
 def test_flat_patches_in_a_bright_image(backend, level):
     # Half of it is black, half is at full brightness, and both are exactly flat.
@@ -280,7 +278,7 @@ def test_flat_patches_in_a_bright_image(backend, level):
         budget.check()
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@every_level
 def test_results_do_not_depend_on_the_number_of_threads(backend):
     x, y = images(3, 2, 150, 40, dtype=torch.float32)
     before = torch.get_num_threads()

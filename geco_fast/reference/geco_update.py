@@ -33,6 +33,11 @@ def _(log_lambda: Tensor) -> Tensor:
     return torch.empty_like(log_lambda)
 
 
+@_multipliers.register_vmap
+def _(_info: Any, in_dims: tuple[int], log_lambda: Tensor) -> tuple[Tensor, int]:
+    return _multipliers(log_lambda), in_dims[0]
+
+
 def multipliers(log_lambda: Tensor) -> Tensor:
     """Return lambda, which has no gradient.
 
