@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,32 +31,21 @@ def _square(case: Case) -> bool:
     return isinstance(case.options.get("kernel_size", 3), int)
 
 
-def _monai(case: Case) -> Callable[..., Tensor]:
-    from monai.losses import LocalNormalizedCrossCorrelationLoss
+def _class(module: str) -> Callable[[Case], Callable[..., Tensor]]:
+    """MONAI's class, or FireANTs' of the same arguments."""
 
-    loss = LocalNormalizedCrossCorrelationLoss(
-        spatial_dims=len(case.shapes["x"]) - 2,
-        kernel_size=case.options.get("kernel_size", 3),
-        kernel_type="rectangular",
-        reduction="none",
-        smooth_nr=case.options.get("smooth_nr", 0.0),
-        smooth_dr=case.options.get("smooth_dr", 1e-5),
-    )
-    return _reduced(case, lambda x, y: -loss(x, y))
+    def build(case: Case) -> Callable[..., Tensor]:
+        loss = importlib.import_module(module).LocalNormalizedCrossCorrelationLoss(
+            spatial_dims=len(case.shapes["x"]) - 2,
+            kernel_size=case.options.get("kernel_size", 3),
+            kernel_type="rectangular",
+            reduction="none",
+            smooth_nr=case.options.get("smooth_nr", 0.0),
+            smooth_dr=case.options.get("smooth_dr", 1e-5),
+        )
+        return _reduced(case, lambda x, y: -loss(x, y))
 
-
-def _fireants(case: Case) -> Callable[..., Tensor]:
-    from fireants.losses.cc import LocalNormalizedCrossCorrelationLoss
-
-    loss: Any = LocalNormalizedCrossCorrelationLoss(
-        spatial_dims=len(case.shapes["x"]) - 2,
-        kernel_size=case.options.get("kernel_size", 3),
-        kernel_type="rectangular",
-        reduction="none",
-        smooth_nr=case.options.get("smooth_nr", 0.0),
-        smooth_dr=case.options.get("smooth_dr", 1e-5),
-    )
-    return _reduced(case, lambda x, y: -loss(x, y))
+    return build
 
 
 def _neurite(case: Case) -> Callable[..., Tensor]:
@@ -70,8 +59,8 @@ def _neurite(case: Case) -> Callable[..., Tensor]:
 
 NOTE = "E[x^2] - E[x]^2, held to 1e-3 instead of the accuracy rule"
 RIVALS = {
-    "MONAI": Rival(_monai, _square, 1e-3, NOTE),
-    "FireANTs": Rival(_fireants, _square, 1e-3, f"unfused; {NOTE}"),
+    "MONAI": Rival(_class("monai.losses"), _square, 1e-3, NOTE),
+    "FireANTs": Rival(_class("fireants.losses.cc"), _square, 1e-3, f"unfused; {NOTE}"),
     "neurite": Rival(
         _neurite,
         lambda case: _square(case) and case.options.get("reduction") == "mean",
