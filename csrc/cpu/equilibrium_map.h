@@ -25,7 +25,7 @@ constexpr int kEmRows = kVectorBytes == 64 ? 4 : 2;
 constexpr int kEmColumns = 4;
 // Dimensions are summed in runs, and runs in groups: one long sum would lose more than PyTorch's
 // pairwise ones.
-constexpr std::int64_t kEmRun = 32, kEmRunGroup = 160;
+constexpr std::int64_t kEmRun = 16, kEmRunGroup = 160;
 // Rows summed in one run.
 constexpr std::int64_t kEmRowRun = 16;
 
@@ -145,7 +145,9 @@ void pack_rows(const em::Operands& p, std::int64_t first, std::int64_t count, st
   }
 }
 
-// -H / beta as H hi + H lo, which is as exact as a division; H lo stays finite.
+// -H / beta. Where products are fused, as H hi + H lo, which is as exact as a division; H lo stays
+// finite. Elsewhere the rounding of H hi would come on top.
+#if defined(__FMA__)
 template <class T>
 struct Cooling {
   T high, low;
@@ -163,6 +165,17 @@ struct Cooling {
     return h * high + bounded * low;
   }
 };
+#else
+template <class T>
+struct Cooling {
+  T divisor;
+  explicit Cooling(double beta) {
+    constexpr T kLeast = sizeof(T) == 4 ? T(__FLT_MIN__) : T(__DBL_MIN__);
+    divisor = -larger(T(beta), kLeast);
+  }
+  Vec<T> operator()(Vec<T> h) const { return h / divisor; }
+};
+#endif
 
 // Squared distances of `rows` rows to V vectors, and with kDot the products G_a . (x_i - F_a): as a
 // difference of two products its error would be the same for all data, and add up.
