@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,17 +61,26 @@ class Values:
 class Example:
     """One random call, what it is differentiated by, and for which results.
 
-    `calm` is the same call without extreme values, None if it has none. `upstream` is a layout
-    for each result's incoming gradient, or "sum" for that of a sum.
+    `values` are what the case prepares its tensors with. `upstream` is a layout for each result's
+    incoming gradient, or "sum" for that of a sum.
     """
 
     case: Case
-    calm: Case | None
+    values: Values
     dtype: torch.dtype
     seed: int
     wanted: tuple[str, ...]
     used: tuple[bool, ...]
     upstream: tuple[str, ...]
+
+    def calm(self) -> Case:
+        """The same call without extreme values."""
+        return replace(self.case, prepare=replace(self.values, extremes=()))
+
+    def poisoned(self) -> Case:
+        """The same call with NaN for every extreme value: what depends on one is NaN."""
+        extremes = tuple((name, at, math.nan) for name, at, _ in self.values.extremes)
+        return replace(self.case, prepare=replace(self.values, extremes=extremes))
 
     def incoming(self, results: Sequence[Tensor], seed: int) -> list[Tensor | None]:
         """The gradients that come in from above, None for a result that isn't used."""
@@ -139,7 +148,9 @@ def examples(draw: st.DrawFn, operator: str) -> Example:
         )
         extremes = tuple(draw(st.lists(extreme, min_size=1, max_size=4)))
     shift = draw(st.sampled_from(made.get("shifts", (0.0,))))
-    kinds = (positive, tuple(fixed.items()), tuple(made.get("logarithms", ())))
+    values = Values(
+        shift, extremes, positive, tuple(fixed.items()), tuple(made.get("logarithms", ()))
+    )
     case = Case(
         operator,
         "random",
@@ -148,19 +159,15 @@ def examples(draw: st.DrawFn, operator: str) -> Example:
         {name: draw(layouts(shapes[name], name in apart)) for name in floating},
         scale=draw(st.sampled_from(made.get("scales", (1.0, 1.0, 4.0, 1e-3)))),
         adapt=made.get("adapt"),
-        prepare=Values(shift, extremes, *kinds),
+        prepare=values,
         differentiable=differentiable,
         written=written,
     )
-    calm = None
-    if extremes:
-        fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
-        calm = Case(**{**fields, "prepare": Values(shift, (), *kinds)})
     wanted = draw(st.lists(st.sampled_from(differentiable), min_size=1, unique=True))
     incoming = ["contiguous", "contiguous", "sum", "reversed", "strided", "expanded"]
     return Example(
         case,
-        calm,
+        values,
         dtype=draw(st.sampled_from(FLOATING)),
         seed=draw(st.integers(0, 2**20)),
         wanted=tuple(name for name in differentiable if name in wanted),

@@ -60,14 +60,19 @@ class Budget:
 
     def add(self, actual: Tensor, same: Tensor, exact: Tensor) -> None:
         """Take in one draw: the result under test, the reference's and the exact one."""
-        epsilon = torch.finfo(actual.dtype).eps
+        self.allow(same, exact, actual.dtype)
+        self.got = max(self.got, error(actual, exact))
+
+    def allow(self, same: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        """Allow a result in `dtype` what the reference's errors grant; any shape will do."""
+        epsilon = torch.finfo(dtype).eps
         own = error(same, exact) * epsilon / torch.finfo(same.dtype).eps
+        factor = GRADIENT_FACTOR if self.gradient else FORWARD_FACTOR
         if own == float("inf"):
             raise AssertionError(f"{self.name}: the reference leaves the range of {same.dtype}")
-        finite = exact[exact.to(actual.dtype).isfinite()].abs()
+        finite = exact[exact.to(dtype).isfinite()].abs()
         largest = finite.max().item() if finite.numel() else 0.0
-        self.got = max(self.got, error(actual, exact))
-        self.allowed_own = max(self.allowed_own, (3 if self.gradient else 2) * own)
+        self.allowed_own = max(self.allowed_own, factor * own)
         self.allowed_unit = max(self.allowed_unit, epsilon * largest)
 
     def check(self) -> None:
