@@ -60,7 +60,7 @@ inline double affine_coupling_span(Storage* const* p, std::int64_t count, double
   using T = typename Compute<Storage>::type;
   RunningSum<T> sum;
   for_each_vector<T>(
-      count,
+      count, Streams<Storage, decltype(affine_coupling::Forward::rows)::kOperands>(p),
       [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
         return scale_map<T, kMap, kInverse>(load(p[affine_coupling::kLogScale] + j, n...),
                                             T(clamp));
@@ -85,7 +85,7 @@ inline void affine_coupling_backward_span(Storage* const* p, std::int64_t count,
                                           T grad_log_det) {
   using B = affine_coupling::Backward;
   for_each_vector<T>(
-      count,
+      count, Streams<Storage, decltype(B::rows)::kOperands>(p),
       [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
         return scale_map<T, kMap, kInverse>(load(p[affine_coupling::kLogScale] + j, n...),
                                             T(clamp));

@@ -18,7 +18,7 @@ inline double gaussian_latent_span(Storage* const* p, std::int64_t count) {
   };
   RunningSum<T> sum;
   for_each_vector<T>(
-      count,
+      count, Streams<Storage, decltype(Forward::rows)::kOperands>(p),
       [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
         const Vec<T> q_mean = load(p[kQMean] + j, n...), q_log_std = load(p[kQLogStd] + j, n...);
         const Vec<T> p_mean = load(p[kPMean] + j, n...), p_log_std = load(p[kPLogStd] + j, n...);
@@ -52,7 +52,7 @@ inline void gaussian_latent_backward_span(Storage* const* p, std::int64_t count,
     Vec<T> d_noise, d_z, distance, inverse_std, expm1;
   };
   for_each_vector<T>(
-      count,
+      count, Streams<Storage, decltype(B::rows)::kOperands>(p),
       [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
         Head h{};
         const Vec<T> q_log_std = load(p[kQLogStd] + j, n...);

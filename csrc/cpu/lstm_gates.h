@@ -49,7 +49,7 @@ void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget
                               in(lstm_gates::kO), in(lstm_gates::kC));
   };
   for_each_vector<T>(
-      count, head,
+      count, Streams<Storage, decltype(F::operands)::kOperands>(p), head,
       [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
         const TanhParts<T> t = tanh_parts<T>(r.c_next);
         store(p[F::kCNext] + j, r.c_next, n...);
@@ -71,7 +71,7 @@ void lstm_gates_backward_run(Storage* const* p, std::int64_t count, double forge
                               in(lstm_gates::kO), in(lstm_gates::kC));
   };
   for_each_vector<T>(
-      count, head,
+      count, Streams<Storage, decltype(B::operands)::kOperands>(p), head,
       [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
         const Vec<T> d_h = load(grad_h + j, n...);
         const Vec<T> d_out = load(grad_c_next + j, n...);

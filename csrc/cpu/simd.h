@@ -618,15 +618,40 @@ inline void for_each_run(const Operands& operands, std::int64_t begin, std::int6
   }
 }
 
+// Asks for what each operand holds kAhead bytes further on: the processor's own prefetchers follow
+// few streams, and none beyond its page. Another operand takes an absent one's place. Nothing is
+// read, so the place may be past the end.
+template <class Storage, int kOperands>
+class Streams {
+ public:
+  explicit Streams(Storage* const* p) {
+    const Storage* present = p[0];
+    for (int k = 0; k < kOperands; ++k) {
+      const Storage* start = p[k] != nullptr ? p[k] : present;
+      ahead_[k] = reinterpret_cast<std::uintptr_t>(start) + kAhead;
+    }
+  }
+  void ask(std::int64_t j) const {
+    const std::uintptr_t bytes = std::uintptr_t(j) * sizeof(Storage);
+    for (const std::uintptr_t ahead : ahead_)
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + bytes));
+  }
+
+ private:
+  static constexpr std::uintptr_t kAhead = 512;
+  std::uintptr_t ahead_[kOperands];
+};
+
 // Calls tail(head(j), j) for each whole vector of `count` elements, then tail(head(j, n), j, n) for
 // what is left over. In program order the next vector's head comes before this one's tail: an
 // out-of-order core holds one of the two at a time, and so always finds independent work.
-template <class T, class Head, class Tail>
-inline void for_each_vector(std::int64_t count, Head head, Tail tail) {
+template <class T, class Streams, class Head, class Tail>
+inline void for_each_vector(std::int64_t count, const Streams& streams, Head head, Tail tail) {
   std::int64_t j = 0;
   if (count >= kLanes<T>) {
     auto state = head(j);
     for (; j + 2 * kLanes<T> <= count; j += kLanes<T>) {
+      streams.ask(j);
       auto next = head(j + kLanes<T>);
       tail(state, j);
       state = next;

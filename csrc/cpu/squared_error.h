@@ -19,9 +19,13 @@ inline double squared_error_span(Storage* const* p, std::int64_t count) {
     const Vec<T> difference = load(x + j, n...) - load(y + j, n...);
     sum[k] += difference * difference;
   };
+  const Streams<Storage, decltype(squared_error::Forward::rows)::kOperands> streams(p);
   std::int64_t j = 0;
   for (; j + kSums * kLanes<T> <= count; j += kSums * kLanes<T>)
-    for (int k = 0; k < kSums; ++k) add(k, j + k * kLanes<T>);
+    for (int k = 0; k < kSums; ++k) {
+      streams.ask(j + k * kLanes<T>);
+      add(k, j + k * kLanes<T>);
+    }
   for (; j + kLanes<T> <= count; j += kLanes<T>) add(0, j);
   if (j < count) add(1, j, int(count - j));
   return add_lanes<kVectorBytes>(to_double((sum[0] + sum[1]) + (sum[2] + sum[3])));
@@ -39,7 +43,7 @@ inline void squared_error_backward_span(Storage* const* p, std::int64_t count, T
   using B = squared_error::Backward;
   Storage *d_x = p[B::kGradX], *d_y = p[B::kGradY];
   for_each_vector<T>(
-      count,
+      count, Streams<Storage, decltype(B::rows)::kOperands>(p),
       [&](std::int64_t j, auto... n) __attribute__((always_inline)) {
         return (load(p[squared_error::kX] + j, n...) - load(p[squared_error::kY] + j, n...)) *
                factor;

@@ -200,8 +200,10 @@ void check_walk() {
       for (int k = 0; k < counts[sizeof...(tail)]; ++k) ++seen.at(j + k);
       return j;
     };
+    T* const nothing[] = {nullptr, nullptr};
     for_each_vector<T>(
-        count, [&](std::int64_t j, auto... n) { return mark(heads, j, n...); },
+        count, Streams<T, 2>(nothing),
+        [&](std::int64_t j, auto... n) { return mark(heads, j, n...); },
         [&](std::int64_t head, std::int64_t j, auto... n) {
           expect(head == j, "for_each_vector",
                  [] { return std::string("a tail got another vector's head"); });
