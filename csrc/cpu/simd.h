@@ -645,13 +645,13 @@ class Streams {
 // Calls tail(head(j), j) for each whole vector of `count` elements, then tail(head(j, n), j, n) for
 // what is left over. In program order the next vector's head comes before this one's tail: an
 // out-of-order core holds one of the two at a time, and so always finds independent work.
-template <class T, class Streams, class Head, class Tail>
-inline void for_each_vector(std::int64_t count, const Streams& streams, Head head, Tail tail) {
+template <class T, class Operands, class Head, class Tail>
+inline void for_each_vector(std::int64_t count, const Operands& operands, Head head, Tail tail) {
   std::int64_t j = 0;
   if (count >= kLanes<T>) {
     auto state = head(j);
     for (; j + 2 * kLanes<T> <= count; j += kLanes<T>) {
-      streams.ask(j);
+      operands.ask(j);
       auto next = head(j + kLanes<T>);
       tail(state, j);
       state = next;
