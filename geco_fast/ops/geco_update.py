@@ -109,26 +109,18 @@ def geco_options(*values: Any) -> GECOOptions:
     return _normal(GECOOptions(*values))
 
 
-def _fit(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> bool:
-    """Whether the tensors are what `_check_tensors` demands; the good case, told quickly."""
-    for tensor in (c_hat, ema, log_lambda, step):
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            return False
-    shape, of_ema, of_log_lambda = c_hat.shape, ema.shape, log_lambda.shape
-    return (
-        c_hat.dtype in FLOATING
-        and ema.dtype in _STATE
-        and log_lambda.dtype in _STATE
-        and step.dtype is torch.int64
-        and 1 <= len(shape) <= 2
-        and len(of_ema) == len(of_log_lambda) == 1
-        and of_ema[0] == of_log_lambda[0] == shape[0]
-        and not step.dim()
-        and c_hat.is_cpu
-        and ema.is_cpu
-        and log_lambda.is_cpu
-        and step.is_cpu
-    )
+def _may_fit(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> bool:
+    """Whether a kernel may get the tensors; it refuses itself what else `_check_tensors` does."""
+    try:
+        return (
+            c_hat.dtype in FLOATING
+            and c_hat.is_cpu
+            and ema.is_cpu
+            and log_lambda.is_cpu
+            and step.is_cpu
+        )
+    except AttributeError:
+        return False
 
 
 def _check_tensors(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> None:
@@ -159,7 +151,8 @@ def move_multipliers(
     backend: str = "auto",
 ) -> Tensor:
     """`geco_update` with options that were checked."""
-    if not _fit(c_hat, ema, log_lambda, step):
+    checked = torch.compiler.is_compiling() or not _may_fit(c_hat, ema, log_lambda, step)
+    if checked:
         _check_tensors(c_hat, ema, log_lambda, step)
     if update and (ema.requires_grad or log_lambda.requires_grad) and torch.is_grad_enabled():
         name = "ema" if ema.requires_grad else "log_lambda"
@@ -168,6 +161,8 @@ def move_multipliers(
             "torch.no_grad()"
         )
     if select("geco_update", c_hat, backend) == "reference":
+        if not checked:
+            _check_tensors(c_hat, ema, log_lambda, step)
         return reference.geco_update(
             c_hat, ema, log_lambda, step, update=update, **options._asdict()
         )
@@ -177,11 +172,16 @@ def move_multipliers(
         penalty, slope = _step(values, *state, step, *options, update)
         return penalty + (slope * (c_hat - values)).sum() if c_hat.requires_grad else penalty
     others = (ema, log_lambda, step, *options, update)
-    if c_hat.requires_grad and torch.is_grad_enabled():
-        penalty = _geco_update(c_hat, others)
-    else:
-        with below_autograd():
-            penalty, _ = _step(c_hat, *others)
+    try:
+        if c_hat.requires_grad and torch.is_grad_enabled():
+            penalty = _geco_update(c_hat, others)
+        else:
+            with below_autograd():
+                penalty, _ = _step(c_hat, *others)
+    except RuntimeError:
+        # Names what is wrong with the tensors, if it is that.
+        _check_tensors(c_hat, ema, log_lambda, step)
+        raise
     if update:
         torch.autograd.graph.increment_version((ema, log_lambda, step))
     return penalty
