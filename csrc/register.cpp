@@ -15,12 +15,14 @@ STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
   m.impl("geco_update", TORCH_BOX(&geco::geco_update_cpu));
   m.impl("lncc", TORCH_BOX(&geco::lncc_cpu));
   m.impl("lncc_backward", TORCH_BOX(&geco::lncc_backward_cpu));
+  m.impl("lncc_with_gradients", TORCH_BOX(&geco::lncc_with_gradients_cpu));
   m.impl("equilibrium_map", TORCH_BOX(&geco::equilibrium_map_cpu));
   m.impl("equilibrium_map_backward", TORCH_BOX(&geco::equilibrium_map_backward_cpu));
   m.impl("lstm_gates", TORCH_BOX(&geco::lstm_gates_cpu));
   m.impl("lstm_gates_backward", TORCH_BOX(&geco::lstm_gates_backward_cpu));
   m.impl("pncc", TORCH_BOX(&geco::pncc_cpu));
   m.impl("pncc_backward", TORCH_BOX(&geco::pncc_backward_cpu));
+  m.impl("pncc_with_gradients", TORCH_BOX(&geco::pncc_with_gradients_cpu));
   m.impl("squared_error", TORCH_BOX(&geco::squared_error_cpu));
   m.impl("squared_error_backward", TORCH_BOX(&geco::squared_error_backward_cpu));
 }

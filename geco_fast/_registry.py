@@ -206,6 +206,11 @@ LIBRARY.define(
     "pncc_backward(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, float eps, "
     "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
 )
+# A sum or mean, and its gradients in the dtype of the arithmetic.
+LIBRARY.define(
+    "pncc_with_gradients(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, "
+    "float eps, str reduction, bool wants_x, bool wants_y) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     "lncc(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, str reduction) "
     "-> Tensor"
@@ -213,6 +218,10 @@ LIBRARY.define(
 LIBRARY.define(
     "lncc_backward(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, "
     "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "lncc_with_gradients(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, "
+    "str reduction, bool wants_x, bool wants_y) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -270,6 +279,14 @@ def _(
     wants_y: bool,
 ) -> tuple[Tensor, Tensor]:
     return _gradient(x, wants_x), _gradient(y, wants_y)
+
+
+@torch.library.register_fake("geco_fast::pncc_with_gradients", lib=LIBRARY)
+@torch.library.register_fake("geco_fast::lncc_with_gradients", lib=LIBRARY)
+def _(x: Tensor, y: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+    *_, wants_x, wants_y = options
+    wide_x, wide_y = widen(x, y)
+    return _row_sums(x), _gradient(wide_x, bool(wants_x)), _gradient(wide_y, bool(wants_y))
 
 
 @torch.library.register_fake("geco_fast::squared_error", lib=LIBRARY)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from marks import every_level
+from marks import every_level, needs_library
 
 from geco_fast.ops import lncc, pncc
 from geco_fast.testing.budget import Budget
@@ -155,7 +155,9 @@ CALLS = {
     "separate": (lambda x, y, **options: pncc(x, y, (3, 4), channels="separate", **options)),
     "gaps": (lambda x, y, **options: pncc(x, y, 2, stride=(3, 5), **options)),
     "sum": (lambda x, y, **options: pncc(x, y, 4, reduction="sum", **options)),
+    "sum with gaps": (lambda x, y, **options: pncc(x, y, 2, stride=5, reduction="sum", **options)),
     "squared": (lambda x, y, **options: lncc(x, y, 5, **options)),
+    "mean squared": (lambda x, y, **options: lncc(x, y, 5, reduction="mean", **options)),
 }
 
 
@@ -188,6 +190,39 @@ def test_an_image_without_finite_values(backend):
     x, y = images(1, 1, 6, 7)
     x[:] = torch.nan
     assert all(result.isnan().all() for result in with_gradients(CALLS["joint"], x, y))
+
+
+@every_level
+@pytest.mark.parametrize("name", ["sum", "sum with gaps", "mean squared"])
+def test_gradients_of_sums_follow_what_comes_in(backend, name):
+    x, y = images(3, 2, 9, 11).requires_grad_()
+    sums = CALLS[name](x, y, backend=backend)
+    upstreams = torch.tensor([[1.0, 0.0, -2.0], [math.inf, 1.0, math.nan]], dtype=torch.float64)
+    wanted = CALLS[name](x, y, backend="reference")
+    for upstream in upstreams:
+        for _ in range(2):
+            got, expected = (
+                torch.autograd.grad(results, (x, y), upstream, retain_graph=True)
+                for results in (sums, wanted)
+            )
+            for g, e in zip(got, expected, strict=True):
+                assert torch.equal(g.isfinite(), e.isfinite())
+                torch.testing.assert_close(g[e.isfinite()], e[e.isfinite()])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)])
+def test_operators_of_sums_with_gradients(wants, dtype):
+    x, y = images(2, 3, 8, 7, dtype=dtype).transpose(3, 4)
+    operators = torch.ops.geco_fast
+    for operator, options in (
+        (operators.pncc_with_gradients, ([3], [1], "joint", 1e-6, "sum")),
+        (operators.lncc_with_gradients, (3, 0.0, 1e-5, "mean")),
+    ):
+        torch.library.opcheck(
+            operator.default, (x, y, *options, *wants), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def box_sums(image, size):
@@ -247,7 +282,8 @@ def test_any_sizes_and_strides(backend, seed):
     stride = [number(1, max(1, s // 4)) if seed % 2 else 1 for s in spatial]
     channels = ("joint", "separate")[seed // 3 % 2]
     x, y = images(2, number(1, 6), *spatial, seed=seed)
-    options = {"stride": stride, "channels": channels, "eps": 0.1}
+    reduction = ("none", "sum")[seed // 2 % 2]
+    options = {"stride": stride, "channels": channels, "eps": 0.1, "reduction": reduction}
 
     def call(x, y, backend):
         return pncc(x, y, size, backend=backend, **options)

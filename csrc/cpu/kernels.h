@@ -45,7 +45,7 @@ struct Kernels {
   void (*pncc_forward)(const pncc::Forward&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*pncc_backward)(const pncc::Backward&, std::int64_t begin, std::int64_t end,
                         double* scratch);
-  void (*pncc_finish)(const pncc::Forward&);
+  void (*pncc_finish)(const pncc::Problem&);
   void (*squared_error_forward)(const squared_error::Forward&, std::int64_t begin,
                                 std::int64_t end);
   void (*squared_error_backward)(const squared_error::Backward&, std::int64_t begin,

@@ -611,26 +611,43 @@ struct Scorer {
           -1.0, 1.0);
   }
 
-  // A, Bx and By of a patch, each over N, whose score has the gradient `grad`.
+  // A, Bx and By of a patch, each over N, whose score has the gradient `grad`; and that score.
   struct Weights {
-    VecF64 a, b_x, b_y;
+    VecF64 a, b_x, b_y, score;
   };
   Weights weights(const W* s, VecF64 grad) const {
     const VecF64 c = covariance(s);
     const VecF64 spread_x = spread(s[kX], s[kXX]), spread_y = spread(s[kY], s[kYY]);
     if constexpr (kSquared) {
       const VecF64 x = inverse<T>(bounded(spread_x)), y = inverse<T>(bounded(spread_y));
-      const VecF64 twice = (grad + grad) * (x * y);
-      const VecF64 b = twice * (c * c + smooth);
-      return {twice * c, spread_x < eps ? VecF64{} : b * x, spread_y < eps ? VecF64{} : b * y};
+      const VecF64 twice = (grad + grad) * (x * y), top = c * c + smooth;
+      const VecF64 b = twice * top;
+      return {twice * c, spread_x < eps ? VecF64{} : b * x, spread_y < eps ? VecF64{} : b * y,
+              top * (x * y)};
     } else {
       const VecF64 x = inverse_sqrt<T>(bounded(spread_x)), y = inverse_sqrt<T>(bounded(spread_y));
       const VecF64 a = grad * (x * y);
       const VecF64 b = grad * (c * (x * y));
-      return {a, b * (x * x), b * (y * y)};
+      return {a, b * (x * x), b * (y * y), clamp(c * (x * y), -1.0, 1.0)};
     }
   }
 };
+
+// Adds `n` scores, the first of them at `row`, to the sums; what follows them is overwritten.
+template <class W, class T>
+inline void add_scores(T* row, std::int64_t n, W* total) {
+  const std::int64_t m = whole_vectors(n);
+  fill(row + n, m - n, T(0));
+  for (std::int64_t i = 0; i < m; i += kLane)
+    *total = *total + difference<W>(load_as_double(row + i), VecF64{});
+}
+template <class W>
+inline double sum_of_wide(W total) {
+  double sum = 0;
+  const VecF64 lanes = narrow(total);
+  for (int i = 0; i < kLane; ++i) sum += lanes[i];
+  return sum;
+}
 
 template <class T, bool kSquared>
 struct ForwardTile {
@@ -651,7 +668,7 @@ struct ForwardTile {
     const Box box = tile_box(p, task % p.tiles_per_group(), p.count);
     const Images<T> images(p, b, g, box);
     const Scorer<T, kSquared> scorer(p);
-    const std::int64_t n = box.extent(2), m = whole_vectors(n);
+    const std::int64_t n = box.extent(2);
     W total{};
     const auto begin = [](std::int64_t, std::int64_t) {};
     const auto score =
@@ -659,9 +676,7 @@ struct ForwardTile {
             __attribute__((always_inline)) { store_double(to + i, scorer.score(sums)); };
     windows.run(images, box, begin, score, [&](std::int64_t e, std::int64_t w) {
       if (p.reduced) {
-        fill(row + n, m - n, T(0));
-        for (std::int64_t i = 0; i < m; i += kLane)
-          total = total + difference<W>(load_as_double(row + i), VecF64{});
+        add_scores(row, n, &total);
       } else {
         write_row(p.dtype, row, n, p.scores,
                   b * p.score_stride[0] + g * p.score_stride[1] + e * p.score_stride[2] +
@@ -669,12 +684,7 @@ struct ForwardTile {
                   p.score_stride[4]);
       }
     });
-    if (p.reduced) {
-      double sum = 0;
-      const VecF64 lanes = narrow(total);
-      for (int i = 0; i < kLane; ++i) sum += lanes[i];
-      p.partial[task] = sum;
-    }
+    if (p.reduced) p.partial[task] = sum_of_wide(total);
   }
 };
 
@@ -690,7 +700,7 @@ struct BackwardTile {
   std::int64_t width;  // pixels in a row, moved by less than a vector and rounded up
   std::int64_t moved;  // by so much, for coefficients to be stored at whole vectors
   T *grad, *staged[2], *result[2];
-  double *coefficients, *spread, *along, *zeros;
+  double *coefficients, *spread, *along, *zeros, *scores;
   Slide2d<W, kFields> slide;
 
   BackwardTile(const pncc::Backward& params, const Box& patches, const Box& pixels, Arena* arena)
@@ -704,6 +714,7 @@ struct BackwardTile {
     coefficients = p.stride[2] == 1 ? nullptr : arena->take(kFields * windows.width * kPlanes<W>);
     along = arena->take(kFields * width * kPlanes<W>);
     zeros = arena->take(kFields * width * kPlanes<W>);
+    scores = p.partial == nullptr ? nullptr : arena->take(windows.width + kLane);
     constexpr std::int64_t kOnes[kDims] = {1, 1, 1};
     slide.place(arena, p.patch, kOnes, pixels.extent(1), width);
   }
@@ -711,7 +722,9 @@ struct BackwardTile {
   void read_gradient(const Box& patches, std::int64_t b, std::int64_t g, std::int64_t e,
                      std::int64_t w) {
     const std::int64_t n = patches.extent(2), m = whole_vectors(n);
-    if (p.reduced) {
+    if (p.grad == nullptr) {
+      fill(grad, n, T(p.scale));
+    } else if (p.reduced) {
       // A sum's gradient has the type of the arithmetic, a score's that of the images.
       fill(grad, n, T(double(static_cast<const T*>(p.grad)[b * p.score_stride[0]]) * p.scale));
     } else {
@@ -770,12 +783,26 @@ struct BackwardTile {
       for (int k = 0; k < 2; ++k) {
         if (p.grad_image[k] == nullptr) continue;
         const std::int64_t* const stride = p.grad_image_stride[k];
-        write_row(p.dtype, result[k] + moved, n, p.grad_image[k],
+        write_row(p.grad_dtype, result[k] + moved, n, p.grad_image[k],
                   b * stride[0] + (g * p.channels + c) * stride[1] + z * stride[2] + r * stride[3] +
                       pixels.low[2] * stride[4],
                   stride[4]);
       }
     }
+  }
+
+  // The patches whose first pixel in the image is one of a tile's: their scores are its to add.
+  Box own(const Box& pixels) const {
+    Box box;
+    const auto first = [&](int d, std::int64_t pixel) {
+      const std::int64_t patch = (pixel + p.pad[d] + p.stride[d] - 1) / p.stride[d];
+      return smaller(pixel == 0 ? 0 : patch, p.count[d]);
+    };
+    for (int d = 0; d < kDims; ++d) {
+      box.low[d] = first(d, pixels.low[d]);
+      box.high[d] = pixels.high[d] == p.size[d] ? p.count[d] : first(d, pixels.high[d]);
+    }
+    return box;
   }
 
   // A pixel in no patch has no gradient, even if its value isn't finite.
@@ -823,6 +850,13 @@ struct BackwardTile {
       }
     };
 
+    const Box counted = own(pixels);
+    const auto holds = [&](int d, std::int64_t patch) {
+      return patch >= counted.low[d] && patch < counted.high[d];
+    };
+    bool counts = false;
+    W total{};
+
     const std::int64_t n = patches.extent(2), vectors = whole_vectors(n);
     const bool dense = p.stride[2] == 1;
     double* const to = dense ? spread + lead : coefficients;
@@ -831,29 +865,34 @@ struct BackwardTile {
       const std::int64_t z = e * p.stride[0] - origin[0], r = w * p.stride[1] - origin[1];
       while (next_z < z || next_r < r) push(zeros);
       read_gradient(patches, b, g, e, w);
+      counts = scores != nullptr && holds(0, e) && holds(1, w);
     };
-    const auto weigh = [scorer, to, step, vectors, from = grad](std::int64_t i, const W* s)
-                           __attribute__((always_inline)) {
-                             if (i >= vectors) return;
-                             const auto weights = scorer.weights(s, load_as_double(from + i));
-                             const auto put = [&](int f, W value) __attribute__((always_inline)) {
-                               store_wide(to + f * step + i, kFields * step, value);
-                             };
-                             put(0, difference<W>(weights.a, VecF64{}));
-                             put(1, difference<W>(weights.b_y, VecF64{}));
-                             put(2, s[kY] * weights.b_y - s[kX] * weights.a);
-                             if constexpr (kFields == 5) {
-                               put(3, difference<W>(weights.b_x, VecF64{}));
-                               put(4, s[kX] * weights.b_x - s[kY] * weights.a);
-                             }
-                           };
+    const auto weigh = [scorer, to, step, vectors, from = grad, score = scores](
+                           std::int64_t i, const W* s) __attribute__((always_inline)) {
+      if (i >= vectors) return;
+      const auto weights = scorer.weights(s, load_as_double(from + i));
+      if (score != nullptr) store(score + i, weights.score);
+      const auto put = [&](int f, W value) __attribute__((always_inline)) {
+        store_wide(to + f * step + i, kFields * step, value);
+      };
+      put(0, difference<W>(weights.a, VecF64{}));
+      put(1, difference<W>(weights.b_y, VecF64{}));
+      put(2, s[kY] * weights.b_y - s[kX] * weights.a);
+      if constexpr (kFields == 5) {
+        put(3, difference<W>(weights.b_x, VecF64{}));
+        put(4, s[kX] * weights.b_x - s[kY] * weights.a);
+      }
+    };
     if (patches.extent(0) > 0 && patches.extent(1) > 0 && n > 0)
       windows.run(images, patches, begin, weigh, [&](std::int64_t, std::int64_t) {
+        if (counts)
+          add_scores(scores + (counted.low[2] - patches.low[2]), counted.extent(2), &total);
         clear_between(lead, n);
         sum_along_rows<W>(spread, span, p.patch[2], width, along, width, kFields);
         push(along);
       });
     while (next_z < depth) push(zeros);
+    if (scores != nullptr) p.partial[task] = sum_of_wide(total);
   }
 };
 
@@ -924,7 +963,7 @@ void pncc_run(const Params& params, std::int64_t begin, std::int64_t end, double
 }
 
 // Adds up the tasks of every batch element.
-void pncc_finish(const pncc::Forward& params) {
+void pncc_finish(const pncc::Problem& params) {
   const std::int64_t parts = params.groups * params.tiles_per_group();
   for (std::int64_t b = 0; b < params.batch; ++b) {
     CompensatedSum sum;

@@ -30,6 +30,8 @@ struct Problem {
   const void* image[2];                     // x, y
   std::int64_t image_stride[2][2 + kDims];  // batch, channel, space
   std::int64_t score_stride[3 + kDims];     // batch, group, space; of scores or their gradient
+  double* partial;  // [tasks], the sum of every task's scores; of these `finish` makes
+  void* sums;       // [batch], float32 or wider
 
   __attribute__((always_inline)) std::int64_t tiles_per_group() const {
     return tiles[0] * tiles[1] * tiles[2];
@@ -37,11 +39,9 @@ struct Problem {
   std::int64_t tasks() const { return batch * groups * tiles_per_group(); }
 };
 
-// Scores, or the sums of every task, which `finish` adds up in their order.
+// Scores, or their sums if `reduced`.
 struct Forward : Problem {
   void* scores;
-  double* partial;  // [tasks]
-  void* sums;       // [batch], float32 or wider
 };
 
 // From a patch's statistics, with g the gradient of its score:
@@ -49,9 +49,11 @@ struct Forward : Problem {
 //   squared:  A = 2 g cov / (vx vy)      Bx = 2 g score / vx    By = 2 g score / vy, where vx > eps
 //   grad_x = sum A (y - ym) - Bx (x - xm)     grad_y = sum A (x - xm) - By (y - ym)
 // over the patches that hold a pixel. The gradient to y is always wanted, that to x if there is a
-// place for it; x and y may change places.
+// place for it; x and y may change places. Sums of scores are made on the way where `partial` is:
+// without `grad` the gradients are those of the sums, so that one pass does for both.
 struct Backward : Problem {
   const void* grad;
+  DType grad_dtype;  // of the images' gradients
   void* grad_image[2];
   std::int64_t grad_image_stride[2][2 + kDims];
 };

@@ -137,17 +137,23 @@ std::vector<std::int64_t> score_sizes(const Problem& p, const Tensor& x, bool jo
   return sizes;
 }
 
+Tensor empty_sums(const Problem& p, const Tensor& x) {
+  return torch::stable::new_empty(x, {p.batch}, compute_dtype(x));
+}
+
+// No values correlate to zero; the mean over no patches is not a number.
+double score_of_nothing(const Problem& p, const Options& options) {
+  const bool mean = options.reduction == "mean" && p.scale > 1;
+  return mean ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+}
+
 Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
   const Problem problem = problem_of(x, y, options);
   Forward params{problem};
   Tensor result = params.reduced
-                      ? torch::stable::new_empty(x, {params.batch}, compute_dtype(x))
+                      ? empty_sums(problem, x)
                       : torch::stable::new_empty(x, score_sizes(problem, x, options.joint));
-  if (x.numel() == 0) {
-    // No values correlate to zero; the mean over no patches is not a number.
-    const bool mean = options.reduction == "mean" && problem.scale > 1;
-    return torch::stable::fill_(result, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
-  }
+  if (x.numel() == 0) return torch::stable::fill_(result, score_of_nothing(problem, options));
   cut(&params, params.count, 5);
   const Tensor partial =
       torch::stable::new_empty(x, {params.reduced ? params.tasks() : 0}, ScalarType::Double);
@@ -170,12 +176,28 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
   return result;
 }
 
+// Where the kernel is to put the gradients to the images. The score is symmetric: the kernel's y is
+// the image whose gradient is wanted for certain.
+Backward backward_of(const Tensor& x, const Tensor& y, const Options& options, const Tensor& grad_x,
+                     const Tensor& grad_y, bool wants_x, bool wants_y) {
+  Backward params{wants_y ? problem_of(x, y, options) : problem_of(y, x, options)};
+  const Tensor& certain = wants_y ? grad_y : grad_x;
+  params.grad_dtype = dtype_of(certain);
+  params.grad_image[1] = certain.mutable_data_ptr();
+  describe_image(certain, params.grad_image_stride[1]);
+  if (wants_x && wants_y) {
+    params.grad_image[0] = grad_x.mutable_data_ptr();
+    describe_image(grad_x, params.grad_image_stride[0]);
+  }
+  cut(&params, params.size, 10);
+  return params;
+}
+
 std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Options& options,
                                     const Tensor& grad, bool wants_x, bool wants_y) {
   Tensor grad_x = gradient_like(x, wants_x), grad_y = gradient_like(y, wants_y);
   if (x.numel() == 0 || !(wants_x || wants_y)) return {grad_x, grad_y};
-  // The score is symmetric; the kernel's y is the image whose gradient is wanted for certain.
-  Backward params{wants_y ? problem_of(x, y, options) : problem_of(y, x, options)};
+  Backward params = backward_of(x, y, options, grad_x, grad_y, wants_x, wants_y);
 
   const std::vector<std::int64_t> sizes = score_sizes(params, x, options.joint);
   bool fits = grad.dim() == (params.reduced ? 1 : std::int64_t(sizes.size()));
@@ -191,17 +213,36 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Opti
     for (std::int64_t d = first; d < grad.dim(); ++d)
       params.score_stride[2 + kDims - (grad.dim() - first) + (d - first)] = grad.stride(d);
   }
-  const Tensor& certain = wants_y ? grad_y : grad_x;
-  params.grad_image[1] = certain.mutable_data_ptr();
-  describe_image(certain, params.grad_image_stride[1]);
-  if (wants_x && wants_y) {
-    params.grad_image[0] = grad_x.mutable_data_ptr();
-    describe_image(grad_x, params.grad_image_stride[0]);
-  }
-  cut(&params, params.size, 10);
   const cpu::Kernels& kernels = *cpu::active().kernels;
   run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
   return {grad_x, grad_y};
+}
+
+// The sums or means, and their gradients in the dtype of the arithmetic.
+std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& x, const Tensor& y,
+                                                  const Options& options, bool wants_x,
+                                                  bool wants_y) {
+  const Problem problem = problem_of(x, y, options);
+  STD_TORCH_CHECK(problem.reduced && (wants_x || wants_y),
+                  "pncc: gradients come with sums and means, if any is wanted");
+  const auto gradient = [](const Tensor& image, bool is_wanted) {
+    const Strides given = strides_of(image), dense = pointwise_strides(image, {&given});
+    return is_wanted ? empty(image, image.sizes(), {dense.data(), std::size_t(image.dim())},
+                             compute_dtype(image))
+                     : empty_vector(image, 0, ScalarType::Float);
+  };
+  Tensor sums = empty_sums(problem, x);
+  const Tensor grad_x = gradient(x, wants_x), grad_y = gradient(y, wants_y);
+  if (x.numel() == 0)
+    return {torch::stable::fill_(sums, score_of_nothing(problem, options)), grad_x, grad_y};
+  Backward params = backward_of(x, y, options, grad_x, grad_y, wants_x, wants_y);
+  const Tensor partial = torch::stable::new_empty(x, {params.tasks()}, ScalarType::Double);
+  params.partial = static_cast<double*>(partial.mutable_data_ptr());
+  params.sums = sums.mutable_data_ptr();
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
+  kernels.pncc_finish(params);
+  return {sums, grad_x, grad_y};
 }
 
 Options patch_options(const Tensor& x, const std::vector<std::int64_t>& patch_size,
@@ -247,6 +288,14 @@ std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
                   wants_x, wants_y);
 }
 
+std::tuple<Tensor, Tensor, Tensor> pncc_with_gradients_cpu(
+    const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
+    const std::vector<std::int64_t>& stride, const std::string& channels, double eps,
+    const std::string& reduction, bool wants_x, bool wants_y) {
+  return with_gradients(x, y, patch_options(x, patch_size, stride, channels, eps, reduction),
+                        wants_x, wants_y);
+}
+
 Tensor lncc_cpu(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
                 double smooth_dr, const std::string& reduction) {
   return forward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction));
@@ -258,6 +307,15 @@ std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
                                              const Tensor& grad, bool wants_x, bool wants_y) {
   return backward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction), grad,
                   wants_x, wants_y);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lncc_with_gradients_cpu(const Tensor& x, const Tensor& y,
+                                                           std::int64_t kernel_size,
+                                                           double smooth_nr, double smooth_dr,
+                                                           const std::string& reduction,
+                                                           bool wants_x, bool wants_y) {
+  return with_gradients(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction),
+                        wants_x, wants_y);
 }
 
 }  // namespace geco

@@ -12,6 +12,7 @@ from geco_fast import reference
 from geco_fast._autograd import (
     below_autograd,
     differentiable,
+    direct_apply,
     reference_gradients,
     wants_graph,
 )
@@ -22,8 +23,10 @@ from geco_fast.ops._operands import per_dimension, same_shape_operands
 _REDUCTIONS = ("none", "sum", "mean")
 _pncc_forward = torch.ops.geco_fast.pncc.default
 _pncc_backward = torch.ops.geco_fast.pncc_backward.default
+_pncc_with_gradients = torch.ops.geco_fast.pncc_with_gradients.default
 _lncc_forward = torch.ops.geco_fast.lncc.default
 _lncc_backward = torch.ops.geco_fast.lncc_backward.default
+_lncc_with_gradients = torch.ops.geco_fast.lncc_with_gradients.default
 
 
 def _reference_pncc(
@@ -98,8 +101,45 @@ class _LNCC(torch.autograd.Function):
         return _differentiate(ctx, grad, _lncc_backward, _reference_lncc)
 
 
+class _Summed(torch.autograd.Function):
+    """A sum or mean, whose gradients are made with it: backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, operator: Any, definition: Any, options: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.define = lambda x, y: (definition(x, y, *options),)
+        with below_autograd():
+            sums, *grads = operator(x, y, *options, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(x, y, *grads)
+        return sums  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *found = ctx.saved_tensors
+        if wants_graph():
+            return *reference_gradients(ctx.define, (x, y), grads), None, None, None
+        scale = grads[0].view(-1, *(1,) * (x.dim() - 1))
+        scaled = [
+            (gradient * scale).to(x.dtype) if wanted else None
+            for gradient, wanted in zip(found, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *scaled, None, None, None
+
+
 _pncc = differentiable("pncc", _PNCC)
 _lncc = differentiable("lncc", _LNCC)
+_summed = direct_apply(_Summed)
+
+
+def _sums_with_gradients(x: Tensor, y: Tensor, reduction: str) -> bool:
+    """Whether a gradient of the sums will be asked for, and not of a graph that knows more."""
+    return (
+        reduction != "none"
+        and (x.requires_grad or y.requires_grad)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def check_patches(
@@ -196,7 +236,15 @@ def pncc(
     size, step = check_patches(x, patch_size, stride)
     if select("pncc", x, backend) == "reference":
         return _reference_pncc(x, y, size, step, channels, eps, reduction)
-    return _pncc(x, y, size, step, channels, eps, reduction)  # type: ignore[return-value]
+    options = (size, step, channels, eps, reduction)
+    # A pixel in no patch has no gradient, whatever the sum's: zero times infinity would be NaN.
+    covered = all(
+        stride <= patch and (extent - patch) % stride == 0
+        for extent, patch, stride in zip(x.shape[2:], size, step, strict=True)
+    )
+    if covered and _sums_with_gradients(x, y, reduction):
+        return _summed(x, y, _pncc_with_gradients, _reference_pncc, options)
+    return _pncc(x, y, *options)  # type: ignore[return-value]
 
 
 def lncc(
@@ -265,7 +313,9 @@ def lncc(
     check_kernel_size(kernel_size)
     x, y = same_shape_operands(x=x, y=y)
     check_rank("x", x, (3, 4, 5), "[B, C, *S] with 1 to 3 spatial dimensions")
-    arguments = (x, y, kernel_size, smooth_nr, smooth_dr, reduction)
+    options = (kernel_size, smooth_nr, smooth_dr, reduction)
     if select("lncc", x, backend) == "reference":
-        return _reference_lncc(*arguments)
-    return _lncc(*arguments)  # type: ignore[return-value]
+        return _reference_lncc(x, y, *options)
+    if _sums_with_gradients(x, y, reduction):
+        return _summed(x, y, _lncc_with_gradients, _reference_lncc, options)
+    return _lncc(x, y, *options)  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 #include "include/pncc.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "strided.h"
 
@@ -213,6 +214,37 @@ void run_in_parts(const Problem& p, std::int64_t doubles, Edge edge, Random* ran
 
 constexpr double kUnits = 8;
 
+// Sums of scores, and where the kernel puts them.
+struct Sums {
+  Guarded partial, totals;
+  std::vector<Exact> exact;
+
+  Sums(pncc::Problem* p, Edge edge)
+      : partial(std::size_t(p->tasks()) * sizeof(double), edge),
+        totals(std::size_t(p->batch) * size_of(compute_dtype(p->dtype)), edge),
+        exact(std::size_t(p->batch)) {
+    p->partial = reinterpret_cast<double*>(partial.data());
+    p->sums = totals.data();
+  }
+  void add(const pncc::Problem& p, std::int64_t b, const Exact& score) {
+    Exact& sum = exact[std::size_t(b)];
+    sum.value += score.value * p.scale;
+    sum.terms += score.terms * p.scale;
+  }
+  void expect_partial(const pncc::Problem& p, std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t t = 0; t < p.tasks(); ++t)
+      expect(std::isnan(p.partial[t]) == (t < begin || t >= end), "partial sums",
+             [&] { return "task " + std::to_string(t); });
+  }
+  void expect_totals(const cpu::Level& level, const pncc::Problem& p) const {
+    level.kernels->pncc_finish(p);
+    const DType wide = compute_dtype(p.dtype);
+    for (std::int64_t b = 0; b < p.batch; ++b)
+      expect_close(wide, decode(wide, totals.data() + std::size_t(b) * size_of(wide)),
+                   exact[std::size_t(b)], kUnits, "sums");
+  }
+};
+
 void check_forward(const cpu::Level& level, const Shape& shape, DType dtype, bool squared,
                    bool reduced, Edge edge, Random* random) {
   pncc::Forward params{problem_of(shape, dtype, squared, reduced)};
@@ -220,31 +252,22 @@ void check_forward(const cpu::Level& level, const Shape& shape, DType dtype, boo
   cut(&params, params.count, random);
   const Space space = score_space(params);
   std::vector<Exact> exact;
-  std::vector<Exact> sums(std::size_t(params.batch));
+  std::optional<Sums> sums;
+  if (reduced) sums.emplace(&params, edge);
   each_patch(params,
              [&](std::int64_t b, std::int64_t g, std::int64_t e, std::int64_t w, std::int64_t i) {
                exact.push_back(Patch(images, b, g, e, w, i).score);
-               Exact& sum = sums[std::size_t(b)];
-               sum.value += exact.back().value * params.scale;
-               sum.terms += exact.back().terms * params.scale;
+               if (sums) sums->add(params, b, exact.back());
              });
 
   Placed scores(space, dtype, false, edge, *random);
-  const Guarded partial(reduced ? std::size_t(params.tasks()) * sizeof(double) : 0, edge);
-  const Guarded totals(reduced ? std::size_t(params.batch) * size_of(compute_dtype(dtype)) : 0,
-                       edge);
-  if (reduced) {
-    params.partial = reinterpret_cast<double*>(partial.data());
-    params.sums = totals.data();
-  } else {
+  if (!reduced) {
     params.scores = scores.data();
     for (int d = 0; d < 5; ++d) params.score_stride[d] = scores.stride(d);
   }
   const auto compare = [&](std::int64_t begin, std::int64_t end) {
-    if (reduced) {
-      for (std::int64_t t = 0; t < params.tasks(); ++t)
-        expect(std::isnan(params.partial[t]) == (t < begin || t >= end), "partial sums",
-               [&] { return "task " + std::to_string(t); });
+    if (sums) {
+      sums->expect_partial(params, begin, end);
       return;
     }
     std::int64_t k = 0;
@@ -269,25 +292,26 @@ void check_forward(const cpu::Level& level, const Shape& shape, DType dtype, boo
       },
       compare);
   images.expect_untouched();
-  if (!reduced) return;
-  level.kernels->pncc_finish(params);
-  const DType wide = compute_dtype(dtype);
-  for (std::int64_t b = 0; b < params.batch; ++b)
-    expect_close(wide, decode(wide, totals.data() + std::size_t(b) * size_of(wide)),
-                 sums[std::size_t(b)], kUnits, "sums");
+  if (sums) sums->expect_totals(level, params);
 }
 
+// Which gradient comes in: of every score, of the sums, or none, for which the sums are made, too.
+enum class Incoming { kScores, kSums, kNone };
+
 void check_backward(const cpu::Level& level, const Shape& shape, DType dtype, bool squared,
-                    bool reduced, unsigned wanted, Edge edge, Random* random) {
+                    Incoming incoming, unsigned wanted, Edge edge, Random* random) {
+  const bool reduced = incoming != Incoming::kScores, alone = incoming == Incoming::kNone;
   pncc::Backward params{problem_of(shape, dtype, squared, reduced)};
   const Images images(shape, &params, edge, *random);
   cut(&params, params.size, random);
-  const Space sums{1, {params.batch}};
-  Placed upstream(reduced ? sums : score_space(params), reduced ? compute_dtype(dtype) : dtype,
+  const Space batch{1, {params.batch}};
+  Placed upstream(reduced ? batch : score_space(params), reduced ? compute_dtype(dtype) : dtype,
                   true, edge, *random);
   upstream.fill_normal(1, *random);
   upstream.remember();
-  params.grad = upstream.data();
+  if (!alone) params.grad = upstream.data();
+  std::optional<Sums> sums;
+  if (alone) sums.emplace(&params, edge);
   for (int d = 0; d < (reduced ? 1 : 5); ++d) params.score_stride[d] = upstream.stride(d);
 
   std::vector<Exact> exact[2];
@@ -296,7 +320,9 @@ void check_backward(const cpu::Level& level, const Shape& shape, DType dtype, bo
   each_patch(params,
              [&](std::int64_t b, std::int64_t g, std::int64_t e, std::int64_t w, std::int64_t i) {
                const Patch patch(images, b, g, e, w, i);
-               const long double grad = reduced ? upstream.get(b) * params.scale : upstream.get(k);
+               const long double given = alone ? 1 : upstream.get(reduced ? b : k);
+               const long double grad = given * params.scale;
+               if (sums) sums->add(params, b, patch.score);
                const long double spare = 0x1p-26L * images.largest;
                for (std::size_t q = 0; q < patch.place.size(); ++q) {
                  if (patch.place[q] < 0) continue;
@@ -313,8 +339,9 @@ void check_backward(const cpu::Level& level, const Shape& shape, DType dtype, bo
                ++k;
              });
 
-  Placed grads[2] = {Placed(images.space, dtype, false, edge, *random),
-                     Placed(images.space, dtype, false, edge, *random)};
+  params.grad_dtype = alone ? compute_dtype(dtype) : dtype;
+  Placed grads[2] = {Placed(images.space, params.grad_dtype, false, edge, *random),
+                     Placed(images.space, params.grad_dtype, false, edge, *random)};
   for (int image = 0; image < 2; ++image) {
     grads[image].remember();
     if (!(wanted >> image & 1)) continue;
@@ -333,11 +360,12 @@ void check_backward(const cpu::Level& level, const Shape& shape, DType dtype, bo
             task_of(params, at[0], at[1] / params.channels, at[2], at[3], at[4]);
         if (task < begin || task >= end) continue;
         grads[image].forget(place);
-        expect_close(dtype, grads[image].get(place), exact[image][std::size_t(place)], kUnits,
-                     image == 0 ? "gradient to x" : "gradient to y");
+        expect_close(params.grad_dtype, grads[image].get(place), exact[image][std::size_t(place)],
+                     kUnits, image == 0 ? "gradient to x" : "gradient to y");
       }
       grads[image].expect_untouched();
     }
+    if (sums) sums->expect_partial(params, begin, end);
   };
   run_in_parts(
       params, level.kernels->pncc_backward_scratch(params), edge, random,
@@ -347,6 +375,7 @@ void check_backward(const cpu::Level& level, const Shape& shape, DType dtype, bo
       compare);
   images.expect_untouched();
   upstream.expect_untouched();
+  if (sums) sums->expect_totals(level, params);
 }
 
 template <bool kSquared>
@@ -366,7 +395,11 @@ void backward(const cpu::Level& level) {
     for (const Edge edge : kEdges)
       for (const Shape& shape : kShapes)
         for (const unsigned wanted : {1u, 2u, 3u})
-          check_backward(level, shape, dtype, kSquared, random.one_in(4), wanted, edge, &random);
+          check_backward(level, shape, dtype, kSquared,
+                         random.one_in(3)   ? Incoming::kNone
+                         : random.one_in(4) ? Incoming::kSums
+                                            : Incoming::kScores,
+                         wanted, edge, &random);
 }
 
 const Register tests[] = {{"pncc_forward", forward<false>},
