@@ -215,14 +215,12 @@ def test_gradients_of_sums_follow_what_comes_in(backend, name):
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)])
 def test_operators_of_sums_with_gradients(wants, dtype):
     x, y = images(2, 3, 8, 7, dtype=dtype).transpose(3, 4)
-    operators = torch.ops.geco_fast
+    operators, checks = torch.ops.geco_fast, ("test_schema", "test_faketensor")
     for operator, options in (
         (operators.pncc_with_gradients, ([3], [1], "joint", 1e-6, "sum")),
         (operators.lncc_with_gradients, (3, 0.0, 1e-5, "mean")),
     ):
-        torch.library.opcheck(
-            operator.default, (x, y, *options, *wants), test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(operator.default, (x, y, *options, *wants), test_utils=checks)
 
 
 def box_sums(image, size):

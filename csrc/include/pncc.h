@@ -30,8 +30,8 @@ struct Problem {
   const void* image[2];                     // x, y
   std::int64_t image_stride[2][2 + kDims];  // batch, channel, space
   std::int64_t score_stride[3 + kDims];     // batch, group, space; of scores or their gradient
-  double* partial;  // [tasks], the sum of every task's scores; of these `finish` makes
-  void* sums;       // [batch], float32 or wider
+  double* partial;                          // [tasks]: the scores of each, summed
+  void* sums;  // [batch], float32 or wider: these, added up by `finish`
 
   __attribute__((always_inline)) std::int64_t tiles_per_group() const {
     return tiles[0] * tiles[1] * tiles[2];

@@ -133,7 +133,7 @@ _summed = direct_apply(_Summed)
 
 
 def _sums_with_gradients(x: Tensor, y: Tensor, reduction: str) -> bool:
-    """Whether a gradient of the sums will be asked for, and not of a graph that knows more."""
+    """Whether the sums' gradients will be asked for, outside `torch.compile`'s own formula."""
     return (
         reduction != "none"
         and (x.requires_grad or y.requires_grad)
