@@ -91,8 +91,9 @@ inline Operand output(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), strides_of(tensor)};
 }
 // A gradient to `tensor`, uninitialised; empty where none is wanted.
+Tensor gradient_like(const Tensor& tensor, bool is_wanted, ScalarType dtype);
 inline Tensor gradient_like(const Tensor& tensor, bool is_wanted) {
-  return is_wanted ? torch::stable::empty_like(tensor) : empty_vector(tensor, 0, ScalarType::Float);
+  return gradient_like(tensor, is_wanted, tensor.scalar_type());
 }
 // What a kernel gets for it. Strides of zero take no part in the choice of an order.
 inline Operand wanted(const Tensor& gradient, bool is_wanted) {

@@ -225,14 +225,9 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& x, const Tensor&
   const Problem problem = problem_of(x, y, options);
   STD_TORCH_CHECK(problem.reduced && (wants_x || wants_y),
                   "pncc: gradients come with sums and means, if any is wanted");
-  const auto gradient = [](const Tensor& image, bool is_wanted) {
-    const Strides given = strides_of(image), dense = pointwise_strides(image, {&given});
-    return is_wanted ? empty(image, image.sizes(), {dense.data(), std::size_t(image.dim())},
-                             compute_dtype(image))
-                     : empty_vector(image, 0, ScalarType::Float);
-  };
   Tensor sums = empty_sums(problem, x);
-  const Tensor grad_x = gradient(x, wants_x), grad_y = gradient(y, wants_y);
+  const ScalarType wide = compute_dtype(x);
+  const Tensor grad_x = gradient_like(x, wants_x, wide), grad_y = gradient_like(y, wants_y, wide);
   if (x.numel() == 0)
     return {torch::stable::fill_(sums, score_of_nothing(problem, options)), grad_x, grad_y};
   Backward params = backward_of(x, y, options, grad_x, grad_y, wants_x, wants_y);

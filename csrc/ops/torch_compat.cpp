@@ -96,6 +96,12 @@ Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype) {
   return empty(like, {&size, 1}, {&stride, 1}, dtype);
 }
 
+Tensor gradient_like(const Tensor& tensor, bool is_wanted, ScalarType dtype) {
+  if (!is_wanted) return empty_vector(tensor, 0, ScalarType::Float);
+  const Strides given = strides_of(tensor), dense = pointwise_strides(tensor, {&given});
+  return empty(tensor, tensor.sizes(), {dense.data(), std::size_t(tensor.dim())}, dtype);
+}
+
 Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels) {
   Operand operand = input(tensor);
   const std::int64_t offset = k * channels * tensor.stride(1) * std::int64_t(tensor.element_size());
