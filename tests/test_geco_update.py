@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from marks import needs_library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geco_fast import reference
 from geco_fast.ops import geco_update
@@ -425,3 +426,14 @@ def test_wrong_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
         geco_update(**arguments | OPTIONS | change)
     assert step.item() == 0
+
+
+def test_wrong_fake_tensors_are_named():
+    with FakeTensorMode():
+        ema, log_lambda, step = state(2)
+        for wrong, message in (
+            ((torch.ones(3, 3), ema, log_lambda, step), r"ema must have shape \[3\]"),
+            ((torch.ones(2, 3), ema, log_lambda, step.double()), "step must have the dtype int64"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                geco_update(*wrong, **OPTIONS)

@@ -110,17 +110,18 @@ def geco_options(*values: Any) -> GECOOptions:
 
 
 def _may_fit(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> bool:
-    """Whether a kernel may get the tensors; it refuses itself what else `_check_tensors` does."""
-    try:
-        return (
-            c_hat.dtype in FLOATING
-            and c_hat.is_cpu
-            and ema.is_cpu
-            and log_lambda.is_cpu
-            and step.is_cpu
-        )
-    except AttributeError:
-        return False
+    """Whether a kernel may get the tensors; it refuses itself what else `_check_tensors` does.
+
+    A tensor of another class may never reach it, as a fake one.
+    """
+    return (
+        type(c_hat) is type(ema) is type(log_lambda) is type(step) is Tensor
+        and c_hat.dtype in FLOATING
+        and c_hat.is_cpu
+        and ema.is_cpu
+        and log_lambda.is_cpu
+        and step.is_cpu
+    )
 
 
 def _check_tensors(c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor) -> None:
@@ -179,8 +180,10 @@ def move_multipliers(
             with below_autograd():
                 penalty, _ = _step(c_hat, *others)
     except RuntimeError:
-        # Names what is wrong with the tensors, if it is that.
-        _check_tensors(c_hat, ema, log_lambda, step)
+        try:
+            _check_tensors(c_hat, ema, log_lambda, step)
+        except (TypeError, ValueError) as named:
+            raise named from None
         raise
     if update:
         torch.autograd.graph.increment_version((ema, log_lambda, step))

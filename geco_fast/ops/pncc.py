@@ -101,8 +101,19 @@ class _LNCC(torch.autograd.Function):
         return _differentiate(ctx, grad, _lncc_backward, _reference_lncc)
 
 
+def _patches_cover(spatial: Sequence[int], size: Sequence[int], step: Sequence[int]) -> bool:
+    """Whether every pixel is in a patch."""
+    return all(
+        by <= patch and (extent - patch) % by == 0
+        for extent, patch, by in zip(spatial, size, step, strict=True)
+    )
+
+
 class _Summed(torch.autograd.Function):
-    """A sum or mean, whose gradients are made with it: backward only scales them."""
+    """A sum or mean, whose gradients are made with it: backward only scales them.
+
+    Not where a pixel is in no patch: it has no gradient, and zero times infinity would be NaN.
+    """
 
     @staticmethod
     def forward(
@@ -133,7 +144,7 @@ _summed = direct_apply(_Summed)
 
 
 def _sums_with_gradients(x: Tensor, y: Tensor, reduction: str) -> bool:
-    """Whether the sums' gradients will be asked for, outside `torch.compile`'s own formula."""
+    """Whether the sums' gradients may be asked for, outside `torch.compile`'s own formula."""
     return (
         reduction != "none"
         and (x.requires_grad or y.requires_grad)
@@ -237,12 +248,7 @@ def pncc(
     if select("pncc", x, backend) == "reference":
         return _reference_pncc(x, y, size, step, channels, eps, reduction)
     options = (size, step, channels, eps, reduction)
-    # A pixel in no patch has no gradient, whatever the sum's: zero times infinity would be NaN.
-    covered = all(
-        stride <= patch and (extent - patch) % stride == 0
-        for extent, patch, stride in zip(x.shape[2:], size, step, strict=True)
-    )
-    if covered and _sums_with_gradients(x, y, reduction):
+    if _sums_with_gradients(x, y, reduction) and _patches_cover(x.shape[2:], size, step):
         return _summed(x, y, _pncc_with_gradients, _reference_pncc, options)
     return _pncc(x, y, *options)  # type: ignore[return-value]
 
