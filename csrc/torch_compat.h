@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
+#include <memory>
+#include <new>
 #include <optional>
 
 #include "include/numeric.h"
@@ -131,6 +134,22 @@ void describe_rows(const Tensor& shape, const Order& order,
 
 // A gradient [B] in the dtype of the arithmetic on `like`, or nothing.
 RowScalars row_scalars(const std::optional<Tensor>& grad, const Tensor& like);
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Scratch = std::unique_ptr<T, Free>;
+
+// A thread's scratch memory, uninitialised, on a cache line of its own.
+template <class T>
+Scratch<T> scratch_of(std::int64_t count) {
+  constexpr std::size_t kAlign = 64;
+  const std::size_t bytes = (std::size_t(count) * sizeof(T) + kAlign) / kAlign * kAlign;
+  T* const memory = static_cast<T*>(std::aligned_alloc(kAlign, bytes));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Scratch<T>(memory);
+}
 
 // Runs a CPU kernel over the whole index space of its parameters on torch's threads, block by
 // block: where a run begins decides which of its code computes an element, and that must not depend

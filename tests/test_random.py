@@ -261,7 +261,8 @@ def check(example: Example) -> None:
             continue
         # The reference may be lucky where a few elements decide: only more draws can tell.
         redraws = max(REDRAWS, -(-FEWEST_ELEMENTS // judge.fewest))
-        for careful in (False, True):
+        # In float32 the reference is asked at the arguments alone.
+        for careful in (False,) if example.dtype == torch.float32 else (False, True):
             for k in range(redraws):
                 draw(example, example.seed + k, served_by, judge, careful)
             if judge.kept():

@@ -25,7 +25,7 @@ constexpr int kEmRows = kVectorBytes == 64 ? 4 : 2;
 constexpr int kEmColumns = 4;
 // Dimensions are summed in runs, and runs in groups: one long sum would lose more than PyTorch's
 // pairwise ones.
-constexpr std::int64_t kEmRun = 16, kEmRunGroup = 160;
+constexpr std::int64_t kEmRun = 8, kEmRunGroup = 160;
 // Rows summed in one run.
 constexpr std::int64_t kEmRowRun = 16;
 

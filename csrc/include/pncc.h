@@ -30,8 +30,9 @@ struct Problem {
   const void* image[2];                     // x, y
   std::int64_t image_stride[2][2 + kDims];  // batch, channel, space
   std::int64_t score_stride[3 + kDims];     // batch, group, space; of scores or their gradient
-  double* partial;                          // [tasks]: the scores of each, summed
-  void* sums;  // [batch], float32 or wider: these, added up by `finish`
+  // What `finish` adds up, the sum of each task's scores [tasks], and where to, [batch].
+  double* partial;
+  void* sums;
 
   __attribute__((always_inline)) std::int64_t tiles_per_group() const {
     return tiles[0] * tiles[1] * tiles[2];
@@ -49,8 +50,8 @@ struct Forward : Problem {
 //   squared:  A = 2 g cov / (vx vy)      Bx = 2 g score / vx    By = 2 g score / vy, where vx > eps
 //   grad_x = sum A (y - ym) - Bx (x - xm)     grad_y = sum A (x - xm) - By (y - ym)
 // over the patches that hold a pixel. The gradient to y is always wanted, that to x if there is a
-// place for it; x and y may change places. Sums of scores are made on the way where `partial` is:
-// without `grad` the gradients are those of the sums, so that one pass does for both.
+// place for it; x and y may change places. Without `grad` the gradients are those of
+// the sums, which are made on the way if there is a place for `partial`: one pass does for both.
 struct Backward : Problem {
   const void* grad;
   DType grad_dtype;  // of the images' gradients

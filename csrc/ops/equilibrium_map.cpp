@@ -147,10 +147,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> equilibrium_map_backward_cpu(
                   "equilibrium_map: a gradient must have the shape and dtype of its result");
   const bool wants_prior = (wanted & kLogPrior) != 0 && log_prior.has_value();
   const Tensor none = empty_vector(x, 0, x.scalar_type());
-  const Tensor grad_x = wanted & kX ? torch::stable::empty_like(x) : none;
-  const Tensor grad_psi = wanted & kPsi ? torch::stable::empty_like(psi) : none;
-  const Tensor grad_beta = wanted & kBeta ? torch::stable::empty_like(beta) : none;
-  const Tensor grad_log_prior = wants_prior ? torch::stable::empty_like(*log_prior) : none;
+  const Tensor grad_x = wanted & kX ? gradient_like(x, true) : none;
+  const Tensor grad_psi = wanted & kPsi ? gradient_like(psi, true) : none;
+  const Tensor grad_beta = wanted & kBeta ? gradient_like(beta, true) : none;
+  const Tensor grad_log_prior = wants_prior ? gradient_like(*log_prior, true) : none;
 
   Backward params{};
   describe(x, psi, beta, log_prior, mapped, log_normaliser, log_mass, true, &params);

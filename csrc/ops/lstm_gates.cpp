@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> lstm_gates_backward_cpu(const Tensor& gates, const Te
                                                    const std::optional<Tensor>& grad_h,
                                                    const std::optional<Tensor>& grad_c_next) {
   check(gates, c);
-  const Tensor grad_gates = torch::stable::empty_like(gates);
-  const Tensor grad_c = torch::stable::empty_like(c);
+  const Tensor grad_gates = gradient_like(gates, true);
+  const Tensor grad_c = gradient_like(c, true);
   if (c.numel() == 0) return {grad_gates, grad_c};
 
   const std::int64_t channels = c.size(1);

@@ -1,9 +1,6 @@
 #include "ops/pncc.h"
 
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "cpu/kernels.h"
 #include "include/pncc.h"
@@ -16,19 +13,6 @@ using pncc::Backward;
 using pncc::Forward;
 using pncc::kDims;
 using pncc::Problem;
-
-struct Free {
-  void operator()(double* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<double, Free>;
-
-Scratch scratch_of(std::int64_t doubles) {
-  constexpr std::size_t kAlign = 64;
-  const std::size_t bytes = (std::size_t(doubles) * sizeof(double) + kAlign) / kAlign * kAlign;
-  double* const memory = static_cast<double*>(std::aligned_alloc(kAlign, bytes));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Scratch(memory);
-}
 
 // Equal parts of at most `most`, all but the last whole vectors of any instruction set.
 std::int64_t part(std::int64_t total, std::int64_t most, std::int64_t multiple) {
@@ -124,7 +108,7 @@ void run(const Params& params, std::int64_t values, Kernel kernel, Measure measu
   const std::int64_t grain = std::max<std::int64_t>(1, kGrain * tasks / values);
   const std::int64_t doubles = measure(params);
   torch::stable::parallel_for(0, tasks, grain, [&](std::int64_t begin, std::int64_t end) {
-    const Scratch scratch = scratch_of(doubles);
+    const Scratch<double> scratch = scratch_of<double>(doubles);
     kernel(params, begin, end, scratch.get());
   });
 }
@@ -138,7 +122,7 @@ std::vector<std::int64_t> score_sizes(const Problem& p, const Tensor& x, bool jo
 }
 
 Tensor empty_sums(const Problem& p, const Tensor& x) {
-  return torch::stable::new_empty(x, {p.batch}, compute_dtype(x));
+  return empty_vector(x, p.batch, compute_dtype(x));
 }
 
 // No values correlate to zero; the mean over no patches is not a number.
@@ -155,8 +139,7 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
                       : torch::stable::new_empty(x, score_sizes(problem, x, options.joint));
   if (x.numel() == 0) return torch::stable::fill_(result, score_of_nothing(problem, options));
   cut(&params, params.count, 5);
-  const Tensor partial =
-      torch::stable::new_empty(x, {params.reduced ? params.tasks() : 0}, ScalarType::Double);
+  const Tensor partial = empty_vector(x, params.reduced ? params.tasks() : 0, ScalarType::Double);
   if (params.reduced) {
     params.partial = static_cast<double*>(partial.mutable_data_ptr());
     params.sums = result.mutable_data_ptr();
@@ -231,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& x, const Tensor&
   if (x.numel() == 0)
     return {torch::stable::fill_(sums, score_of_nothing(problem, options)), grad_x, grad_y};
   Backward params = backward_of(x, y, options, grad_x, grad_y, wants_x, wants_y);
-  const Tensor partial = torch::stable::new_empty(x, {params.tasks()}, ScalarType::Double);
+  const Tensor partial = empty_vector(x, params.tasks(), ScalarType::Double);
   params.partial = static_cast<double*>(partial.mutable_data_ptr());
   params.sums = sums.mutable_data_ptr();
   const cpu::Kernels& kernels = *cpu::active().kernels;
