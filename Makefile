@@ -9,6 +9,9 @@ DATA_ROOT ?=
 BENCH ?= --threads 1 --threads 2 --json runs/bench.json --chart runs/bench.svg
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
 
+# Tests share the cores: threads that wait for work must not spin.
+TEST := OMP_WAIT_POLICY=passive $(BIN)/pytest
+
 CPP := $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
 .PHONY: environment train test test-slow lint format bench clean
@@ -31,10 +34,10 @@ train: environment
 	$(BIN)/geco-fast train --out $(OUT)
 
 test: environment
-	$(BIN)/pytest --numprocesses auto --dist loadfile $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+	$(TEST) --numprocesses auto --dist loadgroup $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 test-slow: environment
-	$(BIN)/pytest -m slow --numprocesses auto --dist loadfile $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+	$(TEST) -m slow --numprocesses auto --dist loadgroup $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 lint: environment
 	$(BIN)/ruff check

@@ -128,6 +128,21 @@ def _geco_update(case: Case) -> tuple[Work, Work]:
     )
 
 
+def _coupling_mlp(case: Case) -> tuple[Work, Work]:
+    """What backward needs of the hidden layers is written once and read once."""
+    shapes = case.shapes
+    batch = shapes["x"][0]
+    weights = [shape for name, shape in shapes.items() if name.startswith("weight")]
+    values = sum(map(math.prod, weights))
+    operands = sum(map(math.prod, shapes.values()))
+    result, hidden = batch * weights[-1][0], batch * sum(shape[0] for shape in weights[:-1])
+    moved = operands + _numel(case, "x") + values + result + 2 * hidden
+    return (
+        Work(4 * (operands + result), 2 * batch * values),
+        Work(4 * moved, 4 * batch * values),
+    )
+
+
 def _equilibrium_map(case: Case) -> tuple[Work, Work]:
     (n, d), (m, _) = case.shapes["x"], case.shapes["psi"]
     exponential = _operations(1, 0, 0)
@@ -137,9 +152,23 @@ def _equilibrium_map(case: Case) -> tuple[Work, Work]:
     )
 
 
+def _conv2d(case: Case) -> tuple[Work, Work]:
+    """As a direct convolution; one of fewer products passes this limit."""
+    batch, inputs, height, width = case.shapes["x"]
+    outputs = case.shapes["weight"][0]
+    pixels, weight = batch * height * width, _numel(case, "weight")
+    moved = pixels * (inputs + outputs) + weight + outputs
+    return (
+        Work(4 * moved, 2 * pixels * weight),
+        Work(4 * (moved + pixels * inputs + weight), 4 * pixels * weight),
+    )
+
+
 # Forward and backward, in float32, as the operators' pages count them.
 LEAST: dict[str, Callable[[Case], tuple[Work, Work]]] = {
     "affine_coupling": _affine_coupling,
+    "conv2d": _conv2d,
+    "coupling_mlp": _coupling_mlp,
     "equilibrium_map": _equilibrium_map,
     "gaussian_latent": _gaussian_latent,
     "geco_update": _geco_update,

@@ -121,8 +121,9 @@ def reason(failure: BaseException) -> str:
 class _Check:
     """Holds one side's results, over all draws, to the accuracy rule or to the side's tolerance."""
 
-    def __init__(self, rival: Rival | None) -> None:
+    def __init__(self, rival: Rival | None, bound: float | None) -> None:
         self.rival = rival
+        self.bound = bound
         self.budgets: dict[str, Budget] = {}
 
     def add(
@@ -147,7 +148,9 @@ class _Check:
                 own[-1], true[-1] = own[-1].sort().values, true[-1].sort().values
             for k, (g, s, e) in enumerate(zip(found, own, true, strict=True)):
                 name = f"{direction}, {kind} {k}"
-                budget = self.budgets.setdefault(name, Budget(name, kind == "gradients"))
+                budget = self.budgets.setdefault(
+                    name, Budget(name, kind == "gradients", self.bound)
+                )
                 budget.add(g, s, e)
                 if self.rival is not None and self.rival.tolerance and e.numel():
                     tolerated = self.rival.tolerance * e.abs().max().item()
@@ -199,7 +202,10 @@ def sides(
             built = attempt(name, partial(problem.build, name))
             if name not in out:
                 ready[name] = built
-    checks = {name: _Check(problem.rivals.get(name)) for name in ready}
+    checks = {
+        name: _Check(problem.rivals.get(name), problem.bound if name == "ours" else None)
+        for name in ready
+    }
     start = time.perf_counter()
     for seed in problem.seeds():
         expected = problem.expected(seed)

@@ -1,5 +1,7 @@
 // Kernels for the operators whose schemas geco_fast/_registry.py defines: one line each.
 #include "ops/affine_coupling.h"
+#include "ops/conv_lstm.h"
+#include "ops/coupling_mlp.h"
 #include "ops/equilibrium_map.h"
 #include "ops/gaussian_latent.h"
 #include "ops/geco_update.h"
@@ -10,6 +12,9 @@
 STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
   m.impl("affine_coupling", TORCH_BOX(&geco::affine_coupling_cpu));
   m.impl("affine_coupling_backward", TORCH_BOX(&geco::affine_coupling_backward_cpu));
+  m.impl("coupling_mlp", TORCH_BOX(&geco::coupling_mlp_cpu));
+  m.impl("coupling_mlp_backward", TORCH_BOX(&geco::coupling_mlp_backward_cpu));
+  m.impl("coupling_mlp_with_hidden", TORCH_BOX(&geco::coupling_mlp_with_hidden_cpu));
   m.impl("gaussian_latent", TORCH_BOX(&geco::gaussian_latent_cpu));
   m.impl("gaussian_latent_backward", TORCH_BOX(&geco::gaussian_latent_backward_cpu));
   m.impl("geco_update", TORCH_BOX(&geco::geco_update_cpu));
@@ -23,6 +28,11 @@ STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
   m.impl("pncc", TORCH_BOX(&geco::pncc_cpu));
   m.impl("pncc_backward", TORCH_BOX(&geco::pncc_backward_cpu));
   m.impl("pncc_with_gradients", TORCH_BOX(&geco::pncc_with_gradients_cpu));
+  m.impl("winograd_backward", TORCH_BOX(&geco::winograd_backward_cpu));
+  m.impl("winograd_conv2d", TORCH_BOX(&geco::winograd_conv2d_cpu));
+  m.impl("winograd_step", TORCH_BOX(&geco::winograd_step_cpu));
+  m.impl("winograd_weight", TORCH_BOX(&geco::winograd_weight_cpu));
+  m.impl("winograd_weight_backward", TORCH_BOX(&geco::winograd_weight_backward_cpu));
   m.impl("squared_error", TORCH_BOX(&geco::squared_error_cpu));
   m.impl("squared_error_backward", TORCH_BOX(&geco::squared_error_backward_cpu));
 }

@@ -79,6 +79,10 @@ inline ScalarType compute_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Matrix matrix(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
 struct Operand {
   void* data;
   Strides strides;
@@ -102,6 +106,10 @@ inline Tensor gradient_like(const Tensor& tensor, bool is_wanted) {
 inline Operand wanted(const Tensor& gradient, bool is_wanted) {
   return is_wanted ? output(gradient) : Operand{nullptr, {}};
 }
+// PyTorch's own convolution of stride 1 that keeps the size of the image; and of a weight what
+// gives the gradient to the image.
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor weight_backwards(const Tensor& weight);
 // The k-th of a tensor's blocks of `channels` channels.
 Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels);
 

@@ -22,12 +22,16 @@ MAX_RANK = 8
 # Operator -> backend -> dtypes its kernels take.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "affine_coupling": {"cpu": FLOATING},
+    "conv2d": {"cpu": FLOATING},
+    "conv_lstm_step": {"cpu": FLOATING},
+    "coupling_mlp": {"cpu": (torch.float32, torch.float64)},
     "gaussian_latent": {"cpu": FLOATING},
     "geco_update": {"cpu": FLOATING},
     "lncc": {"cpu": FLOATING},
     "equilibrium_map": {"cpu": FLOATING},
     "lstm_gates": {"cpu": FLOATING},
     "pncc": {"cpu": FLOATING},
+    "prepare_weight": {"cpu": FLOATING},
     "squared_error": {"cpu": FLOATING},
 }
 
@@ -39,6 +43,21 @@ LIBRARY.define(
     "affine_coupling_backward(Tensor x, Tensor log_scale, Tensor? shift, bool inverse, "
     "str scale_map, float clamp, Tensor? grad_y, Tensor? grad_log_det, bool needs_x, "
     "bool needs_log_scale, bool needs_shift) -> (Tensor, Tensor, Tensor)"
+)
+# A list can't hold None: a bias without elements stands for none.
+LIBRARY.define(
+    "coupling_mlp(Tensor x, Tensor? context_projection, Tensor[] weights, Tensor[] biases, "
+    "str activation) -> Tensor"
+)
+# The same, and what backward takes of the hidden layers.
+LIBRARY.define(
+    "coupling_mlp_with_hidden(Tensor x, Tensor? context_projection, Tensor[] weights, "
+    "Tensor[] biases, str activation) -> (Tensor, Tensor)"
+)
+# Gradients to x, context_projection, all weights, all biases.
+LIBRARY.define(
+    "coupling_mlp_backward(Tensor x, Tensor[] weights, str activation, Tensor hidden, Tensor grad, "
+    "bool[] wanted) -> Tensor[]"
 )
 LIBRARY.define(
     "equilibrium_map(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior) "
@@ -116,6 +135,47 @@ def _(
         _gradient(log_scale, needs_log_scale),
         _gradient(x if shift is None else shift, needs_shift and inverse),
     )
+
+
+@torch.library.register_fake("geco_fast::coupling_mlp", lib=LIBRARY)
+def _coupling_mlp(
+    x: Tensor,
+    context_projection: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+) -> Tensor:
+    none = [None] * len(weights)
+    return reference.coupling_mlp(x, context_projection, weights, none, activation=activation)
+
+
+@torch.library.register_fake("geco_fast::coupling_mlp_with_hidden", lib=LIBRARY)
+def _(
+    x: Tensor,
+    context_projection: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    # Panels of 32 columns.
+    width = sum((weight.shape[0] + 31) // 32 * 32 for weight in weights[:-1])
+    result = _coupling_mlp(x, context_projection, weights, biases, activation)
+    return result, x.new_empty(x.shape[0] * width)
+
+
+@torch.library.register_fake("geco_fast::coupling_mlp_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    hidden: Tensor,
+    grad: Tensor,
+    wanted: list[bool],
+) -> list[Tensor]:
+    projection = x.new_empty(x.shape[0], weights[0].shape[0])
+    biases = [weight.new_empty(weight.shape[0]) for weight in weights]
+    inputs = (x, projection, *weights, *biases)
+    return [_gradient(like, needed) for like, needed in zip(inputs, wanted, strict=True)]
 
 
 @torch.library.register_fake("geco_fast::gaussian_latent", lib=LIBRARY)
@@ -299,3 +359,134 @@ def _(
     x: Tensor, y: Tensor, reduction: str, grad: Tensor, needs_x: bool, needs_y: bool
 ) -> tuple[Tensor, Tensor]:
     return _gradient(x, needs_x), _gradient(y, needs_y)
+
+
+# Convolutions in Winograd's domain. The weight's transform, and once more for the gradients to the
+# inputs, or else an empty tensor.
+LIBRARY.define(
+    "winograd_weight(Tensor weight, int split, int blocks, int height, int width, bool transposed) "
+    "-> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "winograd_weight_backward(Tensor grad, int out_channels, int in_channels, int kernel, "
+    "int split, int blocks, int height, int width) -> Tensor"
+)
+LIBRARY.define(
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor transformed, Tensor transposed, "
+    "Tensor? bias) -> Tensor"
+)
+# The next state, and the pre-activations, if they are to be kept.
+LIBRARY.define(
+    "winograd_step(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor transformed, "
+    "Tensor transposed, Tensor? bias, Tensor? x_projection, float forget_bias, bool keep) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+# Gradients to both sources, the transformed weight and the bias.
+LIBRARY.define(
+    "winograd_backward(Tensor grad, Tensor? x, Tensor? h, Tensor weight, Tensor transposed, "
+    "int blocks, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def winograd_form(kernel: int, height: int, width: int) -> tuple[int, int]:
+    """Tiles of an image, and points of a tile: the form that takes the fewest products."""
+
+    def form(outputs: int) -> tuple[int, int]:
+        return -(-height // outputs) * -(-width // outputs), (outputs + kernel - 1) ** 2
+
+    if kernel != 3:
+        return form(4 if kernel == 5 else 2)
+    small, large = form(4), form(6)
+    return small if small[0] * small[1] <= large[0] * large[1] else large
+
+
+def _winograd_values(
+    inputs: int, split: int, outputs: int, blocks: int, kernel: int, height: int, width: int
+) -> tuple[int, int]:
+    """Elements of both forms of a weight, as csrc/include/conv_lstm.h lays them out."""
+
+    def groups(channels: int) -> int:
+        return -(-channels // 16)
+
+    def slots(channels: int, blocks: int) -> int:
+        return (blocks * groups(channels) - 1) * 16 + (channels - 1) % 16 + 1
+
+    _, points = winograd_form(kernel, height, width)
+    second = inputs - split
+    last = slots(second, 1) if second else 0
+    in_slots = 16 * groups(split) + last if second else slots(split, 1)
+    in_groups = groups(split) + groups(second)
+    out_groups, out_slots = blocks * groups(outputs // blocks), slots(outputs // blocks, blocks)
+    panels = (-(-out_groups // 2), -(-in_groups // 2))
+    return points * panels[0] * in_slots * 32, points * panels[1] * out_slots * 32
+
+
+@torch.library.register_fake("geco_fast::winograd_weight", lib=LIBRARY)
+def _(
+    weight: Tensor, split: int, blocks: int, height: int, width: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    outputs, inputs, kernel, _ = weight.shape
+    own, other = _winograd_values(inputs, split, outputs, blocks, kernel, height, width)
+    return weight.new_empty(own), weight.new_empty(other if transposed else 0)
+
+
+@torch.library.register_fake("geco_fast::winograd_weight_backward", lib=LIBRARY)
+def _(grad: Tensor, out_channels: int, in_channels: int, kernel: int, *form: int) -> Tensor:
+    return grad.new_empty(out_channels, in_channels, kernel, kernel)
+
+
+@torch.library.register_fake("geco_fast::winograd_conv2d", lib=LIBRARY)
+def _(
+    x: Tensor, weight: Tensor, transformed: Tensor, transposed: Tensor, bias: Tensor | None
+) -> Tensor:
+    return reference.conv2d(x, weight, bias)
+
+
+@torch.library.register_fake("geco_fast::winograd_step", lib=LIBRARY)
+def _(
+    x: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    transformed: Tensor,
+    transposed: Tensor,
+    bias: Tensor | None,
+    x_projection: Tensor | None,
+    forget_bias: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (x, h, c, weight, bias)
+    h_next, c_next = reference.conv_lstm_step(*operands, x_projection=x_projection)
+    batch, channels, height, width = h.shape
+    gates = h.new_empty(0)
+    if keep:
+        gates = h.new_empty(batch, height, width, 4 * channels).permute(0, 3, 1, 2)
+    return h_next, c_next, gates
+
+
+@torch.library.register_fake("geco_fast::winograd_backward", lib=LIBRARY)
+def _(
+    grad: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    transposed: Tensor,
+    blocks: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, outputs, height, width = grad.shape
+    kernel = weight.shape[2]
+
+    def image(source: Tensor | None, bit: int) -> Tensor:
+        if source is None or not wanted & bit:
+            return grad.new_empty(0)
+        return grad.new_empty(batch, height, width, source.shape[1]).permute(0, 3, 1, 2)
+
+    split, second = (0 if source is None else source.shape[1] for source in (x, h))
+    values, _ = _winograd_values(split + second, split, outputs, blocks, kernel, height, width)
+    return (
+        image(x, 1),
+        image(h, 2),
+        grad.new_empty(values if wanted & 4 else 0),
+        grad.new_empty(outputs if wanted & 8 else 0),
+    )

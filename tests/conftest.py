@@ -43,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
         mallopt(m_perturb, 0x100)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share out files among processes, but the table of cases by test and operator."""
+    for item in items:
+        group = item.path.name
+        if group == "test_operators.py" and hasattr(item, "callspec"):
+            case = item.callspec.params.get("case")
+            group = f"{item.originalname}-{case.operator}"  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def data_root(request: pytest.FixtureRequest) -> Path:
     root = request.config.getoption("--data-root")

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tests of what every level has a copy of.
+OF_EACH_LEVEL = ("gemm", "simd")
 SANITIZE = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     "-g1",
@@ -43,12 +45,12 @@ def build_tests(folder: Path, flags: Sequence[str] = (), kernels: Path | None = 
         else:
             objects.append(str(kernels / Path(name).name))
     for path in sorted((ROOT / "tests" / "cpp").glob("*.cpp")):
-        if path.stem != "simd":
+        if path.stem not in OF_EACH_LEVEL:
             units.append((path, f"{path.stem}.o", []))
             continue
         for level in levels:
             own = [*SETUP.LEVEL_FLAGS[level], f"-DGECO_LEVEL={level}"]
-            units.append((path, f"simd_{level}.o", own))
+            units.append((path, f"{path.stem}_{level}.o", own))
     program = folder / "kernel_tests"
     # Accuracy rests on fused multiplications, which -O1 alone leaves out; more takes too long.
     optimise = ["-O1", "-fexpensive-optimizations"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from geco_fast._checks import FLOATING
-from geco_fast.testing.cases import Case, Layout, Tensors, lay_out
+from geco_fast.ops.conv_lstm import WINOGRAD_BOUND
+from geco_fast.reference.coupling_mlp import ACTIVATIONS
+from geco_fast.testing.cases import Case, Layout, Tensors, coupling_mlp_arguments, lay_out
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -162,13 +165,16 @@ def examples(draw: st.DrawFn, operator: str) -> Example:
         prepare=values,
         differentiable=differentiable,
         written=written,
+        dtypes=made.get("dtypes", FLOATING),
+        kernel_options=made.get("kernel_options", {}),
+        bound=made.get("bound"),
     )
     wanted = draw(st.lists(st.sampled_from(differentiable), min_size=1, unique=True))
     incoming = ["contiguous", "contiguous", "sum", "reversed", "strided", "expanded"]
     return Example(
         case,
         values,
-        dtype=draw(st.sampled_from(FLOATING)),
+        dtype=draw(st.sampled_from(case.dtypes)),
         seed=draw(st.integers(0, 2**20)),
         wanted=tuple(name for name in differentiable if name in wanted),
         used=draw(st.sampled_from([(True, True), (True, False), (False, True)])),
@@ -212,6 +218,25 @@ def affine_coupling(draw: st.DrawFn) -> Call:
             "scale_map": draw(st.sampled_from(["tanh", "exp", "atan", "sigmoid"])),
             "clamp": draw(st.sampled_from([0.1, 1.0, 2.0, 5.0])),
         },
+    }
+
+
+@st.composite
+def coupling_mlp(draw: st.DrawFn) -> Call:
+    batch = draw(st.one_of(st.integers(1, 9), st.sampled_from([0, 1, 33, 65, 70, 129])))
+    width = st.one_of(st.integers(1, 9), st.sampled_from([0, 1, 31, 32, 33, 64, 67]))
+    widths = draw(st.lists(width, min_size=2, max_size=5))
+    made: Shapes = {"x": (batch, widths[0])}
+    if draw(st.booleans()):
+        made["context_projection"] = (batch, widths[1])
+    for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+        made[f"weight{layer}"] = (outputs, inputs)
+        if draw(st.integers(0, 3)):
+            made[f"bias{layer}"] = (outputs,)
+    return {
+        "shapes": made,
+        "options": {"activation": draw(st.sampled_from(sorted(ACTIVATIONS)))},
+        "adapt": coupling_mlp_arguments,
     }
 
 
@@ -334,8 +359,65 @@ def equilibrium_map(draw: st.DrawFn) -> Call:
     return {**call, "shapes": made, "options": {"beta": beta}}
 
 
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, Call]:
+    """Batch and size of images, a kernel, input channels, and how they are convolved."""
+    kernel = draw(st.sampled_from([1, 3, 3, 5, 5, 7]))
+    batch = draw(st.integers(0, 3))
+    size = (draw(st.integers(1, 14)), draw(st.integers(1, 14)))
+    most = MOST_ELEMENTS // (size[0] * size[1])
+    inputs = min(draw(st.sampled_from([1, 2, 15, 16, 17, 33])), max(1, most))
+    how: Call = {}
+    if kernel > 1 and draw(st.integers(0, 3)):
+        how = {
+            "dtypes": (torch.float32,),
+            "kernel_options": {"algorithm": "winograd"},
+            "bound": WINOGRAD_BOUND,
+            "extremes": (0.0, -0.0, 1e-30, 1e-6),
+        }
+    return (batch, *size), kernel, inputs, how
+
+
+@st.composite
+def conv2d(draw: st.DrawFn) -> Call:
+    (batch, *size), kernel, inputs, how = draw(convolutions())
+    outputs = draw(st.sampled_from([1, 3, 15, 16, 17, 33]))
+    made: Shapes = {
+        "x": (batch, inputs, *size),
+        "weight": (outputs, inputs, kernel, kernel),
+        "bias": (outputs,),
+    }
+    return {**how, "shapes": made, "shifts": (0.0, 0.0, 3.0)}
+
+
+@st.composite
+def conv_lstm_step(draw: st.DrawFn) -> Call:
+    (batch, *size), kernel, inputs, how = draw(convolutions())
+    channels = draw(st.sampled_from([1, 3, 16, 17]))
+    made: Shapes = {
+        "x": (batch, inputs, *size),
+        "h": (batch, channels, *size),
+        "c": (batch, channels, *size),
+        "weight": (4 * channels, inputs + channels, kernel, kernel),
+    }
+    if draw(st.booleans()):
+        made["bias"] = (4 * channels,)
+    if draw(st.booleans()):
+        made["x_projection"] = (batch, 4 * channels, *size)
+    # Shut gates have gradients as small as their pre-activations' errors make them.
+    return {
+        **how,
+        "shapes": made,
+        "options": {"forget_bias": draw(st.sampled_from([0.0, 1.0]))},
+        "scales": (0.1, 0.2),
+    }
+
+
 CALLS: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
     "affine_coupling": affine_coupling,
+    "conv2d": conv2d,
+    "conv_lstm_step": conv_lstm_step,
+    "coupling_mlp": coupling_mlp,
     "equilibrium_map": equilibrium_map,
     "gaussian_latent": gaussian_latent,
     "geco_update": geco_update,

@@ -1,5 +1,7 @@
 """What is special to `conv_lstm_step` and `conv2d`: the hoisted and the prepared forms."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +165,203 @@ def test_conv2d_names_wrong_arguments():
         conv2d(x, torch.ones(6, 3, 2, 3))
     with pytest.raises(ValueError, match=r"bias must have shape \[6\]"):
         conv2d(x, torch.ones(6, 3, 3, 3), torch.ones(3))
+
+
+# In Winograd's domain.
+
+
+def wide(*shape, seed=0, scale=1.0):
+    return (scale * draw(*shape, seed=seed)).float()
+
+
+def cell(channels=16, size=8, batch=2):
+    """Operands of a step that "auto" takes to Winograd's domain."""
+    h, c, x = (wide(batch, channels, size, size, seed=k) for k in range(3))
+    return x, h, c, wide(4 * channels, 2 * channels, 5, 5, seed=3, scale=0.03)
+
+
+def test_auto_chooses_by_size():
+    for channels, size, chosen in ((64, 16, True), (2, 16, False), (64, 1, False)):
+        prepared = prepare_weight(wide(4 * channels, 2 * channels, 5, 5), (size, size))
+        assert (prepared.transformed is not None) == chosen
+    prepared = prepare_weight(wide(256, 128, 5, 5), (16, 16), algorithm="direct")
+    assert prepared.transformed is None
+
+
+def test_direct_is_pytorchs_convolution_to_the_bit():
+    x, weight, bias = wide(8, 64, 16, 16), wide(64, 64, 5, 5, seed=1), wide(64, seed=2)
+    wanted = F.conv2d(x, weight, bias, padding=2)
+    assert torch.equal(conv2d(x, weight, bias, algorithm="direct"), wanted)
+    assert not torch.equal(conv2d(x, weight, bias), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": draw(1, 4, 8, 8), "weight": draw(4, 4, 3, 3)}, "serves float32, got torch.float64"),
+        ({"weight": wide(4, 4, 3, 5)}, "3x3, 5x5 and 7x7, got 3x5"),
+        ({"x": wide(1, 4, 0, 8)}, "aren't empty"),
+        ({"backend": "reference"}, "'reference' serves the call"),
+    ],
+)
+def test_winograd_says_why_it_is_unavailable(change, message):
+    arguments = {"x": wide(1, 4, 8, 8), "weight": wide(4, 4, 3, 3)} | change
+    with pytest.raises(BackendUnavailable, match=message):
+        conv2d(**arguments, algorithm="winograd")
+
+
+def test_unknown_algorithm_is_refused():
+    for call in (
+        lambda: conv2d(wide(1, 4, 8, 8), wide(4, 4, 3, 3), algorithm="fft"),
+        lambda: prepare_weight(wide(4, 4, 3, 3), (8, 8), algorithm="fft"),
+        lambda: conv_lstm_step(*cell(), algorithm="fft"),
+    ):
+        with pytest.raises(ValueError, match=r"algorithm must be one of 'auto', .* got 'fft'"):
+            call()
+    with pytest.raises(ValueError, match=r"4C, Cx"):
+        prepare_weight(wide(6, 4, 3, 3), (8, 8))
+
+
+def test_a_weight_changed_after_it_was_prepared_is_noticed():
+    x, h, c, weight = cell()
+    weight.requires_grad_()
+    outputs, _ = conv_lstm_step(x, h, c, prepare_weight(weight, (8, 8), algorithm="winograd"))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_a_weight_prepared_without_grad_has_gradients():
+    x, h, c, weight = cell()
+    weight.requires_grad_()
+    h.requires_grad_()
+    with torch.no_grad():
+        prepared = prepare_weight(weight, (8, 8), algorithm="winograd")
+    found, wanted = (
+        torch.autograd.grad(sum(out.sum() for out in outputs), (weight, h))
+        for outputs in (
+            conv_lstm_step(x, h, c, prepared),
+            conv_lstm_step(x, h, c, weight, algorithm="direct"),
+        )
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_are_those_of_the_direct_form():
+    x, h, c, weight = cell(batch=1)
+    leaves = [tensor.requires_grad_() for tensor in (x, h, c, weight)]
+
+    def second(algorithm):
+        outputs = conv_lstm_step(x, h, c, weight, algorithm=algorithm)
+        total = sum((out * out).sum() for out in outputs)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum((grad * grad).sum() for grad in first), leaves)
+
+    for ours, theirs in zip(second("winograd"), second("direct"), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_is_not_finite_stays_where_it_belongs(value):
+    x, weight, bias = wide(2, 20, 9, 13), wide(33, 20, 5, 5, seed=1), wide(33, seed=2)
+    x[0, 3, 4, 4] = value
+    x.requires_grad_()
+    ours, wanted = (conv2d(x, weight, bias, algorithm=a) for a in ("winograd", "direct"))
+    assert torch.equal(ours.isfinite(), wanted.isfinite())
+    assert not ours.isfinite().all()
+    grad = wide(2, 33, 9, 13, seed=3)
+    grad[1, 2, 3, 3] = value
+    found, right = (torch.autograd.grad(y, x, grad)[0] for y in (ours, wanted))
+    assert torch.equal(found.isfinite(), right.isfinite())
+
+    _, h, c, weight = cell(batch=2)
+    h[0, 1, 2, 3] = value
+    steps = (
+        conv_lstm_step(None, h, c, weight[:, 16:], algorithm=a) for a in ("winograd", "direct")
+    )
+    for ours, wanted in zip(*steps, strict=True):
+        assert torch.equal(ours.isfinite(), wanted.isfinite())
+
+
+def test_without_memory_the_convolution_is_direct(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    x, weight = wide(8, 64, 16, 16), wide(64, 64, 5, 5, seed=1)
+    module = sys.modules[conv2d.__module__]
+    for name in ("_transform", "_conv2d"):
+        module._warn_of_memory.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            with pytest.warns(RuntimeWarning, match="not enough memory"):
+                result = conv2d(x, weight)
+        assert torch.equal(result, F.conv2d(x, weight, padding=2))
+
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(module, "_transform", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        conv2d(x, weight)
+
+
+def test_any_number_of_threads_gives_the_same_bits(two_threads):
+    x, h, c, weight = (tensor.requires_grad_() for tensor in cell(32, 16, 5))
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        outputs = conv_lstm_step(x, h, c, weight, algorithm="winograd")
+        return *outputs, *torch.autograd.grad([o.sum() for o in outputs], (x, h, c, weight))
+
+    for one, two in zip(run(1), run(2), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_winograd_compiles_whole_for_any_batch():
+    weight, bias = wide(64, 32, 5, 5, seed=3, scale=0.03), wide(64, seed=4)
+
+    def run(x, h, c):
+        prepared = prepare_weight(weight, (16, 16), algorithm="winograd")
+        for _ in range(2):
+            h, c = conv_lstm_step(x, h, c, prepared, bias)
+        return conv2d(h, weight[:, :16], algorithm="winograd"), c
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(run, fullgraph=True, dynamic=True, backend=count)
+    for batch in (2, 3, 5):
+        leaves = [wide(batch, 16, 16, 16, seed=k).requires_grad_() for k in range(3)]
+        found, wanted = (
+            torch.autograd.grad([out.sum() for out in function(*leaves)], leaves)
+            for function in (compiled, run)
+        )
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        counted(*leaves)
+    assert len(graphs) == 1
+
+
+def test_operators_of_winograds_domain_pass_opcheck():
+    from torch.library import opcheck
+
+    x, h, c, weight = cell()
+    ops = torch.ops.geco_fast
+    forms = ops.winograd_weight(weight, 16, 4, 8, 8, True)
+    single = ops.winograd_weight(weight, 32, 1, 8, 8, True)
+    gates = wide(2, 64, 8, 8, seed=5).contiguous(memory_format=torch.channels_last)
+    leaves = [tensor.requires_grad_() for tensor in (x, h, c, weight)]
+    opcheck(ops.winograd_weight.default, (weight, 16, 4, 8, 8, True))
+    opcheck(ops.winograd_step.default, (*leaves, *forms, None, gates.detach(), 1.0, True))
+    opcheck(ops.winograd_weight_backward.default, (forms[0], 64, 32, 5, 16, 4, 8, 8))
+    detached = [tensor.detach() for tensor in (x, h, weight)]
+    opcheck(ops.winograd_backward.default, (gates, *detached, forms[1], 4, 15))
+    both = torch.cat([x, h], 1).detach().requires_grad_()
+    opcheck(ops.winograd_conv2d.default, (both, weight, *single, wide(64, seed=6)))

@@ -4,8 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from marks import needs_library
 from torch import nn
 
+import geco_fast as gf
+from geco_fast import reference
 from geco_fast.ops import coupling_mlp
 
 ACTIVATIONS = {
@@ -56,6 +59,59 @@ def test_autocast_gives_its_own_dtype():
     x, projection = torch.randn(2, 3), torch.randn(2, 5, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert coupling_mlp(x, projection, weights, biases).dtype == torch.bfloat16
+
+
+def call(batch=100, activation="relu"):
+    """A call's result and the gradients to everything."""
+    layers = linear_layers(5, 40, 33, 6)
+    weights, biases = parameters(layers)
+    x = torch.randn(batch, 5, dtype=torch.float64, requires_grad=True)
+    result = coupling_mlp(x, None, weights, biases, activation=activation)
+    return [result, *torch.autograd.grad(result.sin().sum(), [x, *weights, *biases])]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_go_through_the_reference(dtype):
+    weights, biases = parameters(linear_layers(3, 5, 4))
+    weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    x = torch.randn(2, 3, dtype=dtype)
+    wanted = reference.coupling_mlp(x, None, weights, biases)
+    assert torch.equal(coupling_mlp(x, None, weights, biases), wanted)
+    with pytest.raises(gf.BackendUnavailable, match="does not take"):
+        coupling_mlp(x, None, weights, biases, backend="cpu")
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_threads_change_nothing(activation):
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        found.append(call(activation=activation))
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+@needs_library
+def test_a_row_does_not_depend_on_the_others():
+    weights, biases = parameters(linear_layers(5, 40, 33, 6))
+    x = torch.randn(300, 5, dtype=torch.float64)
+    whole = coupling_mlp(x, None, weights, biases)
+    for rows in (slice(0, 1), slice(37, 120)):
+        assert torch.equal(coupling_mlp(x[rows], None, weights, biases), whole[rows])
+
+
+@needs_library
+def test_keeps_one_value_for_each_hidden_unit_and_row():
+    weights, biases = parameters(linear_layers(5, 40, 33, 6))
+    x, kept = torch.randn(7, 5, dtype=torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept):
+        coupling_mlp(x, None, weights, biases)
+    # In panels of 32 columns.
+    own = {t.data_ptr() for t in (x, *weights, *biases)}
+    assert [t.numel() for t in kept if t.data_ptr() not in own] == [7 * (64 + 64)]
 
 
 @pytest.mark.parametrize(

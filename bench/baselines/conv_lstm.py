@@ -30,6 +30,22 @@ class PlainCell(nn.Module):
         return torch.sigmoid(o) * torch.tanh(c), c
 
 
+class PlainSequence(nn.Module):
+    """A cell over the steps of a sequence ``[T, B, C, H, W]``, from a state of zeros."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros_like(x[0])
+        outputs = []
+        for frame in x:
+            h, c = self.cell(frame, h, c)
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
 class _Torch(nn.Module):
     """conv-lstm's cell, whose gates are i, f, o, g; in channels-last, which oneDNN likes best."""
 
@@ -149,5 +165,11 @@ CELL_RIVALS = {
         permuted=True,
         tolerance=1e-5,
         note="its memory is not torch's",
+    ),
+}
+
+SEQUENCE_RIVALS = {
+    "conv-lstm": Rival(
+        lambda module: PlainSequence(_Torch(module.cell.cell)), permuted=True, tolerance=1e-5
     ),
 }

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "include/affine_coupling.h"
+#include "include/conv_lstm.h"
+#include "include/coupling_mlp.h"
 #include "include/equilibrium_map.h"
 #include "include/gaussian_latent.h"
 #include "include/geco_update.h"
@@ -20,6 +22,32 @@ struct Kernels {
                                   std::int64_t end);
   void (*affine_coupling_backward)(const affine_coupling::Backward&, std::int64_t begin,
                                    std::int64_t end);
+  void (*winograd_weight)(const conv_lstm::Weight&, std::int64_t begin, std::int64_t end);
+  void (*winograd_weight_backward)(const conv_lstm::Weight&, std::int64_t begin, std::int64_t end);
+  void (*winograd_input)(const conv_lstm::Tiles&, std::int64_t begin, std::int64_t end);
+  void (*winograd_gradient)(const conv_lstm::Tiles&, std::int64_t begin, std::int64_t end);
+  // Scratch memory is the caller's, of as many floats as are asked for.
+  std::int64_t (*winograd_forward_scratch)(const conv_lstm::Forward&);
+  void (*winograd_forward)(const conv_lstm::Forward&, std::int64_t begin, std::int64_t end,
+                           float* scratch);
+  std::int64_t (*winograd_backward_input_scratch)(const conv_lstm::BackwardInput&);
+  void (*winograd_backward_input)(const conv_lstm::BackwardInput&, std::int64_t begin,
+                                  std::int64_t end, float* scratch);
+  void (*winograd_backward_weight)(const conv_lstm::BackwardWeight&, std::int64_t begin,
+                                   std::int64_t end);
+  void (*coupling_mlp_forward_pack)(const coupling_mlp::Forward&, std::int64_t begin,
+                                    std::int64_t end);
+  // Scratch memory is the caller's, of as many elements as the parameters say.
+  void (*coupling_mlp_forward)(const coupling_mlp::Forward&, std::int64_t begin, std::int64_t end,
+                               void* scratch);
+  void (*coupling_mlp_backward_pack)(const coupling_mlp::Backward&, std::int64_t begin,
+                                     std::int64_t end);
+  void (*coupling_mlp_backward)(const coupling_mlp::Backward&, std::int64_t begin, std::int64_t end,
+                                void* scratch);
+  void (*coupling_mlp_backward_weight)(const coupling_mlp::Backward&, std::int64_t begin,
+                                       std::int64_t end, void* scratch);
+  void (*coupling_mlp_backward_bias)(const coupling_mlp::Backward&, std::int64_t begin,
+                                     std::int64_t end);
   void (*equilibrium_map_forward_pack)(const equilibrium_map::Forward&, std::int64_t begin,
                                        std::int64_t end);
   void (*equilibrium_map_forward)(const equilibrium_map::Forward&, std::int64_t begin,

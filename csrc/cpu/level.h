@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cpu/affine_coupling.h"
+#include "cpu/conv_lstm.h"
+#include "cpu/coupling_mlp.h"
 #include "cpu/equilibrium_map.h"
 #include "cpu/gaussian_latent.h"
 #include "cpu/geco_update.h"
@@ -18,6 +20,21 @@ namespace {
 constexpr Kernels kKernels = {
     .affine_coupling_forward = affine_coupling_forward,
     .affine_coupling_backward = affine_coupling_backward,
+    .winograd_weight = winograd_weight,
+    .winograd_weight_backward = winograd_weight_backward,
+    .winograd_input = winograd_input,
+    .winograd_gradient = winograd_gradient,
+    .winograd_forward_scratch = winograd_forward_scratch,
+    .winograd_forward = winograd_forward,
+    .winograd_backward_input_scratch = winograd_backward_input_scratch,
+    .winograd_backward_input = winograd_backward_input,
+    .winograd_backward_weight = winograd_backward_weight,
+    .coupling_mlp_forward_pack = coupling_mlp_forward_pack,
+    .coupling_mlp_forward = coupling_mlp_forward,
+    .coupling_mlp_backward_pack = coupling_mlp_backward_pack,
+    .coupling_mlp_backward = coupling_mlp_backward,
+    .coupling_mlp_backward_weight = coupling_mlp_backward_weight,
+    .coupling_mlp_backward_bias = coupling_mlp_backward_bias,
     .equilibrium_map_forward_pack = equilibrium_map_forward_pack,
     .equilibrium_map_forward = equilibrium_map_forward,
     .equilibrium_map_forward_finish = equilibrium_map_forward_finish,

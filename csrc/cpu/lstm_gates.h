@@ -38,6 +38,14 @@ inline Gates<T> lstm_gates_head(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c
   return r;
 }
 
+// The hidden state: o gate times tanh(c_next).
+template <class T>
+inline Vec<T> lstm_gates_hidden(const Gates<T>& r) {
+  const TanhParts<T> t = tanh_parts<T>(r.c_next);
+  const Vec<T> inverse = reciprocal((T(1) + r.e_o) * t.denominator);
+  return zero_below(r.o_gate, -kPairedSigmoidBound<T>, inverse) * t.numerator;
+}
+
 template <class Storage>
 void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget_bias) {
   using T = typename Compute<Storage>::type;
@@ -48,15 +56,12 @@ void lstm_gates_forward_run(Storage* const* p, std::int64_t count, double forget
     return lstm_gates_head<T>(in(lstm_gates::kI), in(lstm_gates::kF) + bias, in(lstm_gates::kG),
                               in(lstm_gates::kO), in(lstm_gates::kC));
   };
-  for_each_vector<T>(
-      count, Streams<Storage, decltype(F::operands)::kOperands>(p), head,
-      [&](const Gates<T>& r, std::int64_t j, auto... n) __attribute__((always_inline)) {
-        const TanhParts<T> t = tanh_parts<T>(r.c_next);
-        store(p[F::kCNext] + j, r.c_next, n...);
-        const Vec<T> inverse = reciprocal((T(1) + r.e_o) * t.denominator);
-        store(p[F::kH] + j, zero_below(r.o_gate, -kPairedSigmoidBound<T>, inverse) * t.numerator,
-              n...);
-      });
+  for_each_vector<T>(count, Streams<Storage, decltype(F::operands)::kOperands>(p), head,
+                     [&](const Gates<T>& r, std::int64_t j, auto... n)
+                         __attribute__((always_inline)) {
+                           store(p[F::kCNext] + j, r.c_next, n...);
+                           store(p[F::kH] + j, lstm_gates_hidden(r), n...);
+                         });
 }
 
 template <class Storage>

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -499,13 +500,12 @@ class RunningSum {
     lost_ += (sum_ - next) + x;
     sum_ = next;
   }
-  double value() const {
-    // Infinity has lost NaN.
-    const Vec<T> lost = lost_ == lost_ ? lost_ : Vec<T>{};
-    return add_lanes<kVectorBytes>(to_double(sum_) + to_double(lost));
-  }
+  Vec<T> lanes() const { return sum_ + lost(); }
+  double value() const { return add_lanes<kVectorBytes>(to_double(sum_) + to_double(lost())); }
 
  private:
+  // Infinity has lost NaN.
+  Vec<T> lost() const { return lost_ == lost_ ? lost_ : Vec<T>{}; }
   Vec<T> sum_{}, lost_{};
 };
 

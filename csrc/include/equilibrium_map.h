@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "include/numeric.h"
+#include "include/strided.h"
 
 namespace geco::equilibrium_map {
 
@@ -17,11 +18,7 @@ constexpr std::int64_t kMaxChunk = 64;
 // Up to this many dimensions a chunk is short, and gradients of its rows stay near the core.
 constexpr std::int64_t kNarrow = 16;
 
-// Strides count elements; a null pointer marks what is absent.
-struct Matrix {
-  void* data;
-  std::int64_t row, column;
-};
+using geco::Matrix;
 struct Vector {
   void* data;
   std::int64_t step;

@@ -26,6 +26,12 @@ struct Strided {
   }
 };
 
+// Null where it is absent.
+struct Matrix {
+  void* data;
+  std::int64_t row, column;  // from one to the next
+};
+
 // Operands whose batch elements, or rows, are worked on apart. Each row is cut into blocks of
 // kBlock elements; row and block together number the units of work, so what is summed in which
 // order doesn't depend on how they are shared out.

@@ -11,7 +11,6 @@ using equilibrium_map::Backward;
 using equilibrium_map::Forward;
 using equilibrium_map::kPad;
 using equilibrium_map::make_plan;
-using equilibrium_map::Matrix;
 using equilibrium_map::Operands;
 using equilibrium_map::Vector;
 
@@ -60,9 +59,6 @@ void set_value(const Tensor& scalar, double value) {
   });
 }
 
-Matrix matrix(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1)};
-}
 Vector vector(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
 }

@@ -1,7 +1,9 @@
 #include "torch_compat.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
+#include <vector>
 
 namespace geco {
 
@@ -100,6 +102,25 @@ Tensor gradient_like(const Tensor& tensor, bool is_wanted, ScalarType dtype) {
   if (!is_wanted) return empty_vector(tensor, 0, ScalarType::Float);
   const Strides given = strides_of(tensor), dense = pointwise_strides(tensor, {&given});
   return empty(tensor, tensor.sizes(), {dense.data(), std::size_t(tensor.dim())}, dtype);
+}
+
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  const std::vector<std::int64_t> one{1, 1}, padding{weight.size(2) / 2, weight.size(3) / 2};
+  std::array<StableIValue, 7> stack{from(x),       from(weight), from(bias),           from(one),
+                                    from(padding), from(one),    from(std::int64_t(1))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor weight_backwards(const Tensor& weight) {
+  using torch::stable::detail::from;
+  const std::vector<std::int64_t> spatial{2, 3};
+  std::array<StableIValue, 2> stack{from(torch::stable::transpose(weight, 0, 1)), from(spatial)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::flip", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Operand block(const Tensor& tensor, std::int64_t k, std::int64_t channels) {

@@ -13,7 +13,7 @@ from geco_fast._checks import check_floating
 from geco_fast.nn._arguments import check_batch, check_count, odd_kernel
 from geco_fast.nn._vae import ImageVAE
 from geco_fast.nn.conv import Conv2d
-from geco_fast.nn.conv_lstm import ConvLSTMCell
+from geco_fast.nn.conv_lstm import ConvLSTMCell, channels_inside
 from geco_fast.objectives import VAEOutput
 
 LOG_STD_LIMIT = 5.0
@@ -156,7 +156,7 @@ class ConvDraw(ImageVAE):
         batch = self._check_image(x)
         context = self._encode_context(context, batch)
         noise = self._given_or_drawn(noise, batch)
-        x = to_patches(x, self.downsample)
+        x = channels_inside(to_patches(x, self.downsample))
         invariant = x if context is None else torch.cat([x, context], dim=1)
         inference = [core.inference.prepare(self.spatial, invariant) for core in self.cores]
         generator = [core.generator.prepare(self.spatial, context) for core in self.cores]
@@ -221,12 +221,12 @@ class ConvDraw(ImageVAE):
         shape = (self.context_channels, *self.spatial)
         why = "context_channels at the patches' resolution, or images of context_shape"
         check_batch("context", context, shape, why, batch=batch)
-        return context
+        return channels_inside(context)
 
 
 def _for_each(batch: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Learned starting values ``[1, ...]`` as ``[batch, ...]``, without a copy."""
-    return tuple(parameter.expand(batch, -1, -1, -1) for parameter in parameters)
+    """Learned starting values ``[1, ...]`` as ``[batch, ...]``."""
+    return tuple(channels_inside(p.expand(batch, -1, -1, -1)) for p in parameters)
 
 
 def to_patches(x: Tensor, side: int) -> Tensor:

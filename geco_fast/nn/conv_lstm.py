@@ -19,6 +19,14 @@ State = tuple[Tensor, Tensor]
 Step = Callable[[Tensor | None, Tensor, Tensor], State]
 
 
+def channels_inside(x: Tensor) -> Tensor:
+    """Images in the layout that the CPU's convolutions work in; elsewhere as they are.
+
+    Brought there once, they stay so from step to step.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
+
+
 class ConvLSTMCell(nn.Module):
     """One step of a convolutional LSTM, with "same" zero padding and no peepholes.
 
@@ -339,7 +347,7 @@ class ConvLSTM(nn.Module):
         check_rank("x", x, (5,), layout)
         if x.shape[axis] == 0:
             raise ValueError(f"x must have at least one step along {layout}, got {describe(x)}")
-        frames = x.unbind(axis)
+        frames = [channels_inside(frame) for frame in x.unbind(axis)]
         h, c = self.cell.zero_state(frames[0]) if state is None else state
         step = self.cell.prepare(x.shape[-2:])
         outputs = []

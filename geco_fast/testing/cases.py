@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from geco_fast import ops, reference
+from geco_fast._checks import FLOATING
+from geco_fast.ops.conv_lstm import WINOGRAD_BOUND
+from geco_fast.reference.coupling_mlp import ACTIVATIONS
 
 Tensors = dict[str, Tensor]
 
@@ -111,6 +114,12 @@ class Case:
         Names of the tensors that get gradients; all by default.
     written : tuple of str
         Names of the tensors that the operator updates in place.
+    dtypes : sequence of dtype
+        What it is for; all floating dtypes by default.
+    kernel_options : mapping
+        More options of a call that kernels serve; the reference has no such.
+    bound : float, optional
+        Relative error in the Frobenius norm that kernels may have instead of the accuracy rule's.
     tags : frozenset of str
         "bench": a row of the benchmark; "small": gradcheck is affordable.
     """
@@ -126,6 +135,9 @@ class Case:
     differentiable: tuple[str, ...] | None = None
     written: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
+    dtypes: Sequence[torch.dtype] = FLOATING
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    bound: float | None = None
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.name}"
@@ -159,7 +171,10 @@ class Case:
             result = getattr(reference, self.operator)(**arguments, **self.options)
         else:
             function = getattr(ops, self.operator)
-            result = function(**arguments, **self.options, backend=backend)
+            options = (
+                self.options if backend == "reference" else {**self.options, **self.kernel_options}
+            )
+            result = function(**arguments, **options, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     def run(self, tensors: Tensors, backend: str = "auto") -> tuple[Tensor, ...]:
@@ -429,45 +444,83 @@ SQUARED_ERROR = [
 ]
 
 
-def _coupling_mlp(batch: int, *widths: int, context: bool = False) -> dict[str, tuple[int, ...]]:
+def _coupling_mlp(
+    batch: int, *widths: int, context: bool = False, bias: bool = True
+) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"x": (batch, widths[0])}
     if context:
         shapes["context_projection"] = (batch, widths[1])
     for layer, (inputs, outputs) in enumerate(pairwise(widths)):
         shapes[f"weight{layer}"] = (outputs, inputs)
-        shapes[f"bias{layer}"] = (outputs,)
+        if bias:
+            shapes[f"bias{layer}"] = (outputs,)
     return shapes
 
 
-def _coupling_mlp_arguments(tensors: Tensors) -> dict[str, Any]:
+def coupling_mlp_arguments(tensors: Tensors) -> dict[str, Any]:
+    """Weights and biases in lists; a layer whose bias is missing has none."""
+    weights = [tensor for name, tensor in tensors.items() if name.startswith("weight")]
     return {
         "x": tensors["x"],
         "context_projection": tensors.get("context_projection"),
-        "weights": [tensor for name, tensor in tensors.items() if name.startswith("weight")],
-        "biases": [tensor for name, tensor in tensors.items() if name.startswith("bias")],
+        "weights": weights,
+        "biases": [tensors.get(f"bias{layer}") for layer in range(len(weights))],
     }
+
+
+def _without_bias(shapes: dict[str, tuple[int, ...]], layer: int) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name != f"bias{layer}"}
 
 
 def _coupling_mlp_case(
     name: str, shapes: dict[str, tuple[int, ...]], activation: str = "relu", **fields: Any
 ) -> Case:
     options = {"activation": activation}
-    return Case("coupling_mlp", name, shapes, options, adapt=_coupling_mlp_arguments, **fields)
+    return Case("coupling_mlp", name, shapes, options, adapt=coupling_mlp_arguments, **fields)
 
 
 COUPLING_MLP = [
     _coupling_mlp_case("one-layer", _coupling_mlp(3, 4, 5), tags=SMALL),
     _coupling_mlp_case("tanh", _coupling_mlp(3, 4, 5, 2), "tanh", tags=SMALL),
     _coupling_mlp_case("elu", _coupling_mlp(2, 3, 4, 2), "elu", tags=SMALL),
-    _coupling_mlp_case("context", _coupling_mlp(2, 3, 4, 3, 2, context=True), "silu", tags=SMALL),
+    # Large values would make PyTorch's derivative of silu, which cancels there, no yardstick.
+    _coupling_mlp_case(
+        "context", _coupling_mlp(2, 3, 4, 3, 2, context=True), "silu", scale=0.5, tags=SMALL
+    ),
     _coupling_mlp_case("relu", _coupling_mlp(9, 8, 16, 12, 6, context=True)),
     _coupling_mlp_case("leaky-relu", _coupling_mlp(9, 8, 16, 6), "leaky_relu"),
     _coupling_mlp_case("no-batch", _coupling_mlp(0, 8, 12, 6)),
     _coupling_mlp_case("no-inputs", _coupling_mlp(3, 0, 4, 2)),
+    _coupling_mlp_case("no-hidden", _coupling_mlp(3, 4, 0, 2)),
+    _coupling_mlp_case("no-outputs", _coupling_mlp(3, 4, 5, 0)),
     _coupling_mlp_case("one", _coupling_mlp(1, 1, 1, 1)),
+    _coupling_mlp_case("no-bias", _coupling_mlp(13, 8, 33, 6, bias=False)),
+    _coupling_mlp_case("some-biases", _without_bias(_coupling_mlp(5, 8, 12, 33, 6), 1)),
+    _coupling_mlp_case("one-layer-context", _coupling_mlp(70, 33, 40, context=True)),
+    _coupling_mlp_case("four-layers", _coupling_mlp(13, 5, 33, 32, 64, 3), "leaky_relu"),
+    _coupling_mlp_case("batch-1", _coupling_mlp(1, 33, 65, 31, context=True), "silu"),
+    _coupling_mlp_case("several-blocks", _coupling_mlp(70, 65, 33, 66, context=True)),
+    _coupling_mlp_case("several-threads", _coupling_mlp(300, 20, 150, 130, 40), "silu", scale=0.3),
+    *(
+        _coupling_mlp_case(f"{activation}-65-33", _coupling_mlp(13, 7, 65, 33, 9), activation)
+        for activation in ACTIVATIONS
+    ),
+    *(
+        _coupling_mlp_case(
+            f"{activation}-large", _coupling_mlp(40, 3, 20, 6, context=True), activation, scale=9.0
+        )
+        for activation in ACTIVATIONS
+    ),
     *(
         _coupling_mlp_case(layout, _coupling_mlp(5, 8, 12, 6, context=True), layout=layout)
-        for layout in ("reversed", "sliced", "strided")
+        for layout in ("reversed", "sliced", "strided", "expanded")
+    ),
+    _coupling_mlp_case(
+        "wide-reversed", _coupling_mlp(37, 40, 50, 34, context=True), "elu", layout="reversed"
+    ),
+    _coupling_mlp_case("4096x32-512-512-64", _coupling_mlp(4096, 32, 512, 512, 64), tags=BENCH),
+    _coupling_mlp_case(
+        "256x32-512-512-64-context", _coupling_mlp(256, 32, 512, 512, 64, context=True), tags=BENCH
     ),
 ]
 
@@ -670,6 +723,28 @@ def _without_x(tensors: Tensors) -> dict[str, Any]:
     return {**tensors, "x": None}
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _in_winograds_domain(
+    operator: str, rows: Sequence[tuple[str, Shapes, dict[str, Any]]], **fields: Any
+) -> list[Case]:
+    """Cases of the convolutions with fewer products: a name, shapes and what else there is."""
+    return [
+        Case(
+            operator,
+            f"winograd-{name}",
+            shapes,
+            dtypes=(torch.float32,),
+            kernel_options={"algorithm": "winograd"},
+            bound=WINOGRAD_BOUND,
+            **fields,
+            **more,
+        )
+        for name, shapes, more in rows
+    ]
+
+
 CONV_LSTM_STEP = [
     Case("conv_lstm_step", "plain", _conv_lstm(1, 1, 2, (3, 3), (3, 3)), tags=SMALL),
     Case(
@@ -701,11 +776,67 @@ CONV_LSTM_STEP = [
         Case("conv_lstm_step", layout, _conv_lstm(3, 4, 5, (5, 6), (3, 3)), layout=layout)
         for layout in ("channels_last", "reversed", "sliced", "strided")
     ),
+    *_in_winograds_domain(
+        "conv_lstm_step",
+        [
+            ("3x3", _conv_lstm(3, 6, 8, (7, 6), (3, 3)), {}),
+            ("5x5", _conv_lstm(2, 20, 35, (9, 14), (5, 5)), {"options": {"forget_bias": 1.0}}),
+            ("7x7", _conv_lstm(2, 3, 17, (8, 8), (7, 7)), {}),
+            ("one", _conv_lstm(1, 1, 1, (1, 1), (5, 5)), {}),
+            ("no-batch", _conv_lstm(0, 2, 3, (4, 4), (3, 3)), {}),
+            ("no-inputs", _conv_lstm(2, 0, 3, (4, 4), (3, 3)), {}),
+            ("several-threads", _conv_lstm(9, 16, 48, (16, 16), (5, 5)), {}),
+            (
+                "bias-projection",
+                {
+                    **_conv_lstm(2, 16, 32, (8, 8), (5, 5)),
+                    "bias": (128,),
+                    "x_projection": (2, 128, 8, 8),
+                },
+                {},
+            ),
+            (
+                "hoisted",
+                {
+                    "h": (2, 20, 5, 6),
+                    "c": (2, 20, 5, 6),
+                    "weight": (80, 20, 3, 3),
+                    "x_projection": (2, 80, 5, 6),
+                },
+                {"adapt": _without_x},
+            ),
+            *(
+                (layout, _conv_lstm(3, 20, 5, (5, 6), (3, 3)), {"layout": layout})
+                for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+            ),
+        ],
+        scale=0.3,
+    ),
 ]
 
 
 def _conv2d(batch: int, inputs: int, outputs: int, *kernel: int) -> dict[str, tuple[int, ...]]:
     return {"x": (batch, inputs, 5, 4), "weight": (outputs, inputs, *kernel), "bias": (outputs,)}
+
+
+def _square_kernel(
+    batch: int, inputs: int, outputs: int, size: tuple[int, int], kernel: int
+) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (batch, inputs, *size),
+        "weight": (outputs, inputs, kernel, kernel),
+        "bias": (outputs,),
+    }
+
+
+def _unit_gain(tensors: Tensors) -> Tensors:
+    """Outputs as large as the inputs."""
+    weight = tensors["weight"]
+    return {**tensors, "weight": weight / weight[0].numel() ** 0.5}
+
+
+def _mean_10(tensors: Tensors) -> Tensors:
+    return {**tensors, "x": tensors["x"] + 10}
 
 
 CONV2D = [
@@ -718,6 +849,49 @@ CONV2D = [
     *(
         Case("conv2d", layout, _conv2d(3, 4, 5, 3, 3), layout=layout)
         for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+    ),
+    *_in_winograds_domain(
+        "conv2d",
+        [
+            ("3x3", _square_kernel(2, 5, 7, (11, 13), 3), {}),
+            ("3x3-larger-tiles", _square_kernel(2, 33, 20, (12, 24), 3), {}),
+            ("5x5", _square_kernel(3, 17, 40, (9, 10), 5), {}),
+            ("5x5-mean-10", _square_kernel(2, 40, 33, (8, 8), 5), {"prepare": _mean_10}),
+            ("5x5-scale-1000", _square_kernel(2, 40, 33, (8, 8), 5), {"scale": 1e3}),
+            ("3x3-scale-0.001", _square_kernel(2, 40, 33, (8, 8), 3), {"scale": 1e-3}),
+            ("7x7", _square_kernel(2, 16, 16, (5, 4), 7), {}),
+            ("one", _square_kernel(1, 1, 1, (1, 1), 3), {}),
+            ("no-batch", _square_kernel(0, 2, 3, (4, 4), 3), {}),
+            ("several-threads", _square_kernel(2, 32, 100, (40, 36), 5), {}),
+            ("several-parts", _square_kernel(1, 96, 64, (120, 72), 3), {}),
+            *(
+                (layout, _square_kernel(3, 20, 5, (5, 6), 3), {"layout": layout})
+                for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
+            ),
+        ],
+    ),
+    *(
+        Case(
+            "conv2d",
+            f"{kernel}x{kernel}-{batch}x{inputs}x{size}x{size}-to-{outputs}",
+            _square_kernel(batch, inputs, outputs, (size, size), kernel),
+            prepare=_unit_gain,
+            tags=BENCH,
+            bound=WINOGRAD_BOUND,
+        )
+        for kernel, batch, inputs, outputs, size in (
+            (5, 32, 64, 64, 8),
+            (5, 32, 64, 64, 16),
+            (5, 16, 128, 128, 16),
+            (5, 8, 256, 256, 16),
+            (5, 32, 64, 16, 14),
+            (5, 1, 64, 64, 16),
+            (3, 32, 64, 64, 32),
+            (3, 32, 128, 128, 16),
+            (3, 16, 256, 256, 16),
+            (3, 1, 16, 16, 28),
+            (7, 32, 64, 64, 16),
+        )
     ),
 ]
 

@@ -6,7 +6,6 @@ namespace geco::test {
 namespace {
 
 using equilibrium_map::kPad;
-using equilibrium_map::Matrix;
 
 struct Shape {
   std::int64_t n, m, d;
@@ -20,21 +19,11 @@ constexpr Shape kShapes[] = {{1, 1, 1},   {1, 5, 2},   {7, 1, 3},    {9, 16, 17}
 // What an exponential may lose is counted in units of its argument, hence the generous terms.
 constexpr double kUnits = 8;
 
-Matrix matrix(const Placed& placed) { return {placed.data(), placed.stride(0), placed.stride(1)}; }
 equilibrium_map::Vector vector(const Placed& placed) { return {placed.data(), placed.stride(0)}; }
 
 void add(Exact* sum, long double value, long double terms) {
   sum->value += value;
   sum->terms += terms;
-}
-
-// Everything must have been written, and nothing else.
-void compare(DType dtype, Placed* got, const std::vector<Exact>& exact, const char* what) {
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    got->forget(std::int64_t(i));
-    expect_close(dtype, got->get(std::int64_t(i)), exact[i], kUnits, what);
-  }
-  got->expect_untouched();
 }
 
 // The operands, and the map by its definition.
@@ -141,9 +130,9 @@ void check_forward(const cpu::Level& level, const Problem& p) {
   const cpu::Kernels& kernels = *level.kernels;
   p.run(&params, kernels.equilibrium_map_forward_pack, kernels.equilibrium_map_forward,
         kernels.equilibrium_map_forward_finish);
-  compare(p.wide, &mapped, p.f, "mapped");
-  compare(p.wide, &normaliser, p.z, "log normaliser");
-  compare(p.wide, &log_mass, p.mass, "log mass");
+  expect_all(p.wide, &mapped, p.f, kUnits, "mapped");
+  expect_all(p.wide, &normaliser, p.z, kUnits, "log normaliser");
+  expect_all(p.wide, &log_mass, p.mass, kUnits, "log mass");
 }
 
 struct Gradients {
@@ -221,10 +210,10 @@ void check_backward(const cpu::Level& level, const Problem& p) {
     const cpu::Kernels& kernels = *level.kernels;
     p.run(&params, kernels.equilibrium_map_backward_pack, kernels.equilibrium_map_backward,
           kernels.equilibrium_map_backward_finish);
-    if (wanted & 1) compare(p.dtype, &x, exact.x, "gradient to x");
-    if (wanted & 2) compare(p.dtype, &psi, exact.psi, "gradient to psi");
-    if (wanted & 4) compare(p.wide, &beta, exact.beta, "gradient to beta");
-    if (wanted & 8) compare(p.dtype, &prior, exact.prior, "gradient to log_prior");
+    if (wanted & 1) expect_all(p.dtype, &x, exact.x, kUnits, "gradient to x");
+    if (wanted & 2) expect_all(p.dtype, &psi, exact.psi, kUnits, "gradient to psi");
+    if (wanted & 4) expect_all(p.wide, &beta, exact.beta, kUnits, "gradient to beta");
+    if (wanted & 8) expect_all(p.dtype, &prior, exact.prior, kUnits, "gradient to log_prior");
   }
   for (const Placed* placed : {&mapped, &normaliser, &log_mass, &to_mapped, &to_normaliser})
     placed->expect_untouched();

@@ -57,6 +57,15 @@ void Placed::expect_untouched() const {
          [] { return std::string("an operand's other elements have changed"); });
 }
 
+void expect_all(DType dtype, Placed* got, const std::vector<Exact>& exact, double units,
+                const char* what) {
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    got->forget(std::int64_t(i));
+    expect_close(dtype, got->get(std::int64_t(i)), exact[i], units, what);
+  }
+  got->expect_untouched();
+}
+
 void check_pointwise(DType dtype, Slots slots, unsigned absent, double units, std::uint64_t seed,
                      const std::function<void(std::int64_t, std::int64_t)>& kernel,
                      const Formula& formula) {

@@ -45,6 +45,15 @@ class Placed {
                             std::array<std::int64_t, kMaxDims>* stride);
 };
 
+inline Matrix matrix(const Placed& placed) {
+  return {placed.data(), placed.stride(0), placed.stride(1)};
+}
+
+// Holds every element to roundings in the arithmetic of `dtype`. Nothing else may have been
+// written.
+void expect_all(DType dtype, Placed* got, const std::vector<Exact>& exact, double units,
+                const char* what);
+
 // Where a kernel's parameters keep their operands.
 struct Slots {
   int inputs, operands;

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "torch_compat.h"
+
+namespace geco {
+
+// [B, out]. A bias without elements stands for none.
+Tensor coupling_mlp_cpu(const Tensor& x, const std::optional<Tensor>& context_projection,
+                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                        std::string activation);
+
+// The same, and what backward takes of the hidden layers (see include/coupling_mlp.h).
+std::tuple<Tensor, Tensor> coupling_mlp_with_hidden_cpu(
+    const Tensor& x, const std::optional<Tensor>& context_projection,
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, std::string activation);
+
+// Gradients to x, context_projection, all weights, all biases; those not wanted are empty.
+std::vector<Tensor> coupling_mlp_backward_cpu(const Tensor& x, const std::vector<Tensor>& weights,
+                                              std::string activation, const Tensor& hidden,
+                                              const Tensor& grad, const std::vector<bool>& wanted);
+
+}  // namespace geco
