@@ -454,15 +454,20 @@ void winograd_backward_weight(const conv_lstm::BackwardWeight& p, std::int64_t b
     const int columns = 2 * panel + 1 < g.out.groups() ? kPanel : int(kGroup);
     float* to = p.grad_transformed + task * slots * kPanel;
     if (!p.add) fill(to, slots * kPanel, 0.0f);
-    const float* right = p.grad.data + point * p.grad.plane_step + panel * p.grad.panel_step;
-    for (std::int64_t rows = 0; rows < slots; rows += kPanel) {
-      const float* left =
-          p.inputs.data + point * p.inputs.plane_step + rows / kPanel * p.inputs.panel_step;
-      const bool last = rows + kPanel >= slots;
-      gemm<float, Left::kColumns, true>(
-          left, 0, right, to + rows * kPanel, smaller<std::int64_t>(kPanel, slots - rows), p.count,
-          columns,
-          {last ? left : left + p.inputs.panel_step, last ? right + p.grad.panel_step : right});
+    // Tiles are summed in runs: rounding in one sum of them all would grow with their number.
+    constexpr std::int64_t kRun = 256;
+    for (std::int64_t first = 0; first < p.count; first += kRun) {
+      const float* right =
+          p.grad.data + point * p.grad.plane_step + panel * p.grad.panel_step + first * kPanel;
+      for (std::int64_t rows = 0; rows < slots; rows += kPanel) {
+        const float* left = p.inputs.data + point * p.inputs.plane_step +
+                            rows / kPanel * p.inputs.panel_step + first * kPanel;
+        const bool last = rows + kPanel >= slots;
+        gemm<float, Left::kColumns, true>(
+            left, 0, right, to + rows * kPanel, smaller<std::int64_t>(kPanel, slots - rows),
+            smaller(kRun, p.count - first), columns,
+            {last ? left : left + p.inputs.panel_step, last ? right + p.grad.panel_step : right});
+      }
     }
   }
 }

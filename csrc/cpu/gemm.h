@@ -33,7 +33,7 @@ struct Next {
   const T* b;
 };
 
-// c[r][0 ... kVectors) (+)= sum over k of A(r, k) b[k][...]
+// c[r][0 ... kVectors) (+)= sum over k of A(r, k) b[k][...], which is summed before it is added.
 template <class T, Left kLeft, bool kAdd, int kRows, int kVectors>
 __attribute__((noinline)) void gemm_block(const T* a, std::int64_t step, const T* b, T* c,
                                           std::int64_t depth, Next<T> next) {
@@ -41,8 +41,7 @@ __attribute__((noinline)) void gemm_block(const T* a, std::int64_t step, const T
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sum[r][v] = kAdd ? load(c + r * kPanel + v * kLanes<T>) : Vec<T>{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
   const auto multiply = [&](const T* column, const T* row) __attribute__((always_inline)) {
     Vec<T> factor[kVectors];
 #pragma GCC unroll 2
@@ -73,7 +72,10 @@ __attribute__((noinline)) void gemm_block(const T* a, std::int64_t step, const T
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(c + r * kPanel + v * kLanes<T>, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* const to = c + r * kPanel + v * kLanes<T>;
+      store(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class T>

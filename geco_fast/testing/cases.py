@@ -864,6 +864,7 @@ CONV2D = [
             ("no-batch", _square_kernel(0, 2, 3, (4, 4), 3), {}),
             ("several-threads", _square_kernel(2, 32, 100, (40, 36), 5), {}),
             ("several-parts", _square_kernel(1, 96, 64, (120, 72), 3), {}),
+            ("many-tiles", _square_kernel(16, 4, 6, (64, 64), 5), {}),
             *(
                 (layout, _square_kernel(3, 20, 5, (5, 6), 3), {"layout": layout})
                 for layout in ("channels_last", "reversed", "sliced", "strided", "expanded")
