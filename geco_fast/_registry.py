@@ -361,30 +361,29 @@ def _(
     return _gradient(x, needs_x), _gradient(y, needs_y)
 
 
-# Convolutions in Winograd's domain. The weight's transform, and once more for the gradients to the
-# inputs, or else an empty tensor.
+# Convolutions in Winograd's domain. The weight's transform, or its form for the gradients to the
+# inputs.
 LIBRARY.define(
     "winograd_weight(Tensor weight, int split, int blocks, int height, int width, bool transposed) "
-    "-> (Tensor, Tensor)"
+    "-> Tensor"
 )
 LIBRARY.define(
     "winograd_weight_backward(Tensor grad, int out_channels, int in_channels, int kernel, "
     "int split, int blocks, int height, int width) -> Tensor"
 )
 LIBRARY.define(
-    "winograd_conv2d(Tensor x, Tensor weight, Tensor transformed, Tensor transposed, "
-    "Tensor? bias) -> Tensor"
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor transformed, Tensor? bias) -> Tensor"
 )
 # The next state, and the pre-activations, if they are to be kept.
 LIBRARY.define(
-    "winograd_step(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor transformed, "
-    "Tensor transposed, Tensor? bias, Tensor? x_projection, float forget_bias, bool keep) "
-    "-> (Tensor, Tensor, Tensor)"
+    "winograd_step(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor transformed, Tensor? bias, "
+    "Tensor? x_projection, float forget_bias, bool keep) -> (Tensor, Tensor, Tensor)"
 )
-# Gradients to both sources, the transformed weight and the bias.
+# Gradients to both sources, the transformed weight and the bias. That to the transformed weight is
+# added to `total`, if it is given, and an empty tensor returned in its place.
 LIBRARY.define(
     "winograd_backward(Tensor grad, Tensor? x, Tensor? h, Tensor weight, Tensor transposed, "
-    "int blocks, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int blocks, int wanted, Tensor(a!)? total=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -417,17 +416,15 @@ def _winograd_values(
     in_slots = 16 * groups(split) + last if second else slots(split, 1)
     in_groups = groups(split) + groups(second)
     out_groups, out_slots = blocks * groups(outputs // blocks), slots(outputs // blocks, blocks)
-    panels = (-(-out_groups // 2), -(-in_groups // 2))
-    return points * panels[0] * in_slots * 32, points * panels[1] * out_slots * 32
+    rows = (-(-out_groups // 2) * in_slots, -(-in_groups // 2) * out_slots)
+    return points * (rows[0] + 1) * 32, points * (rows[1] + 1) * 32
 
 
 @torch.library.register_fake("geco_fast::winograd_weight", lib=LIBRARY)
-def _(
-    weight: Tensor, split: int, blocks: int, height: int, width: int, transposed: bool
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, split: int, blocks: int, height: int, width: int, transposed: bool) -> Tensor:
     outputs, inputs, kernel, _ = weight.shape
-    own, other = _winograd_values(inputs, split, outputs, blocks, kernel, height, width)
-    return weight.new_empty(own), weight.new_empty(other if transposed else 0)
+    values = _winograd_values(inputs, split, outputs, blocks, kernel, height, width)
+    return weight.new_empty(values[transposed])
 
 
 @torch.library.register_fake("geco_fast::winograd_weight_backward", lib=LIBRARY)
@@ -436,9 +433,7 @@ def _(grad: Tensor, out_channels: int, in_channels: int, kernel: int, *form: int
 
 
 @torch.library.register_fake("geco_fast::winograd_conv2d", lib=LIBRARY)
-def _(
-    x: Tensor, weight: Tensor, transformed: Tensor, transposed: Tensor, bias: Tensor | None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, transformed: Tensor, bias: Tensor | None) -> Tensor:
     return reference.conv2d(x, weight, bias)
 
 
@@ -449,7 +444,6 @@ def _(
     c: Tensor,
     weight: Tensor,
     transformed: Tensor,
-    transposed: Tensor,
     bias: Tensor | None,
     x_projection: Tensor | None,
     forget_bias: float,
@@ -473,6 +467,7 @@ def _(
     transposed: Tensor,
     blocks: int,
     wanted: int,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, outputs, height, width = grad.shape
     kernel = weight.shape[2]
@@ -487,6 +482,6 @@ def _(
     return (
         image(x, 1),
         image(h, 2),
-        grad.new_empty(values if wanted & 4 else 0),
+        grad.new_empty(values if wanted & 4 and total is None else 0),
         grad.new_empty(outputs if wanted & 8 else 0),
     )

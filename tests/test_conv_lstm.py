@@ -291,7 +291,7 @@ def test_without_memory_the_convolution_is_direct(monkeypatch):
 
     x, weight = wide(8, 64, 16, 16), wide(64, 64, 5, 5, seed=1)
     module = sys.modules[conv2d.__module__]
-    for name in ("_transform", "_conv2d"):
+    for name in ("_weight", "_conv2d"):
         module._warn_of_memory.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refuse)
@@ -302,7 +302,7 @@ def test_without_memory_the_convolution_is_direct(monkeypatch):
     def fail(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(module, "_transform", fail)
+    monkeypatch.setattr(module, "_weight", fail)
     with pytest.raises(RuntimeError, match="something else"):
         conv2d(x, weight)
 
@@ -317,6 +317,69 @@ def test_any_number_of_threads_gives_the_same_bits(two_threads):
 
     for one, two in zip(run(1), run(2), strict=True):
         assert torch.equal(one, two)
+
+
+def several_steps(algorithm, steps=3):
+    """Leaves, and the outputs of steps that share one prepared weight."""
+    x, h, c, weight = (tensor.requires_grad_() for tensor in cell())
+    prepared = prepare_weight(weight, (8, 8), algorithm=algorithm)
+    outputs, states = [], (h, c)
+    for k in range(steps):
+        states = conv_lstm_step(x * (k + 1), *states, prepared)
+        outputs.append(states[0])
+    return (x, h, c, weight), outputs
+
+
+def test_the_gradient_to_a_prepared_weight_is_gathered_anew_by_each_backward():
+    leaves, outputs = several_steps("winograd")
+    wanted = torch.autograd.grad(sum(map(torch.sum, outputs)), leaves, retain_graph=True)
+    for _ in range(2):
+        found = torch.autograd.grad(sum(map(torch.sum, outputs)), leaves, retain_graph=True)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+    # Of one step alone, and without the weight, beside the whole.
+    for k, own in enumerate(outputs):
+        found = torch.autograd.grad(own.sum(), leaves, retain_graph=True)
+        again, want = several_steps("direct", k + 1)
+        for ours, plain in zip(found, torch.autograd.grad(want[k].sum(), again), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+        torch.autograd.grad(own.sum(), leaves[:1], retain_graph=True)
+
+
+def test_a_backward_that_failed_leaves_nothing_behind():
+    leaves, outputs = several_steps("winograd")
+    wanted = torch.autograd.grad(sum(map(torch.sum, outputs)), leaves, retain_graph=True)
+
+    def fail(grad):
+        raise ValueError("from a hook")
+
+    handle = outputs[0].register_hook(fail)
+    with pytest.raises(ValueError, match="from a hook"):
+        torch.autograd.grad(sum(map(torch.sum, outputs)), leaves, retain_graph=True)
+    handle.remove()
+    found = torch.autograd.grad(sum(map(torch.sum, outputs)), leaves)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_images_of_any_layout_give_the_same_bits():
+    weight = wide(32, 16, 5, 5, seed=3).requires_grad_()
+    contiguous = wide(3, 16, 9, 7)
+    layouts = [
+        contiguous,
+        contiguous.to(memory_format=torch.channels_last),
+        contiguous.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([contiguous, contiguous], 3)[..., :7],
+    ]
+    results = []
+    for layout in layouts:
+        x = layout.detach().requires_grad_()
+        y = conv2d(x, weight, algorithm="winograd")
+        upstream = wide(*y.shape, seed=5)
+        results.append([y, *torch.autograd.grad(y, (x, weight), upstream)])
+    for result in results[1:]:
+        for own, first in zip(result, results[0], strict=True):
+            assert torch.equal(own, first)
 
 
 def test_winograd_compiles_whole_for_any_batch():
@@ -354,14 +417,17 @@ def test_operators_of_winograds_domain_pass_opcheck():
 
     x, h, c, weight = cell()
     ops = torch.ops.geco_fast
-    forms = ops.winograd_weight(weight, 16, 4, 8, 8, True)
-    single = ops.winograd_weight(weight, 32, 1, 8, 8, True)
+    forms = [ops.winograd_weight(weight, 16, 4, 8, 8, transposed) for transposed in (False, True)]
+    single = ops.winograd_weight(weight, 32, 1, 8, 8, False)
     gates = wide(2, 64, 8, 8, seed=5).contiguous(memory_format=torch.channels_last)
     leaves = [tensor.requires_grad_() for tensor in (x, h, c, weight)]
-    opcheck(ops.winograd_weight.default, (weight, 16, 4, 8, 8, True))
-    opcheck(ops.winograd_step.default, (*leaves, *forms, None, gates.detach(), 1.0, True))
+    opcheck(ops.winograd_weight.default, (weight, 16, 4, 8, 8, False))
+    opcheck(ops.winograd_weight.default, (weight.detach(), 16, 4, 8, 8, True))
+    opcheck(ops.winograd_step.default, (*leaves, forms[0], None, gates.detach(), 1.0, True))
     opcheck(ops.winograd_weight_backward.default, (forms[0], 64, 32, 5, 16, 4, 8, 8))
     detached = [tensor.detach() for tensor in (x, h, weight)]
     opcheck(ops.winograd_backward.default, (gates, *detached, forms[1], 4, 15))
+    total = torch.zeros_like(forms[0])
+    opcheck(ops.winograd_backward.default, (gates, *detached, forms[1], 4, 15, total))
     both = torch.cat([x, h], 1).detach().requires_grad_()
-    opcheck(ops.winograd_conv2d.default, (both, weight, *single, wide(64, seed=6)))
+    opcheck(ops.winograd_conv2d.default, (both, weight, single, wide(64, seed=6)))

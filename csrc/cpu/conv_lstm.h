@@ -291,7 +291,7 @@ void winograd_forward_task(const conv_lstm::Forward& p, std::int64_t task, float
     return p.inputs.data + point * p.inputs.plane_step + first * kPanel;
   };
   const auto right = [&](std::int64_t k) {  // panels of one point after those of another
-    return p.transformed + (k / panels * g.out_panels() + group / 2 + k % panels) * slots * kPanel;
+    return p.transformed + k / panels * g.weight_step() + (group / 2 + k % panels) * slots * kPanel;
   };
   for (std::int64_t k = 0; k < kPoints * panels; ++k) {
     const std::int64_t point = k / panels, panel = k % panels;
@@ -396,7 +396,7 @@ void winograd_backward_input_task(const conv_lstm::BackwardInput& p, std::int64_
       return p.grad.data + point * p.grad.plane_step + first * kPanel;
     };
     const auto right = [&](int point) {
-      return p.transposed + (point * g.in_panels() + panel) * slots * kPanel;
+      return p.transposed + point * g.transposed_step() + panel * slots * kPanel;
     };
     for (int point = 0; point < kPoints; ++point) {
       const int next = point + 1 < kPoints ? point + 1 : point;
@@ -432,7 +432,7 @@ void winograd_backward_bias(const conv_lstm::BackwardWeight& p, std::int64_t pan
       const float* from = rows + group % 2 * kGroup + offset;
       float* to = p.grad_bias + g.out.first(group) + offset;
       VecF32 sum{}, lost{};
-      if (p.add) sum = load(to, rest...);
+      if (p.adds_bias) sum = load(to, rest...);
       for (std::int64_t t = 0; t < p.count; ++t) {
         const VecF32 x = load(from + t * kPanel) - lost;
         const VecF32 next = sum + x;
@@ -452,11 +452,10 @@ void winograd_backward_weight(const conv_lstm::BackwardWeight& p, std::int64_t b
     if (point == 0 && p.grad_bias != nullptr) winograd_backward_bias(p, panel);
     if (p.grad_transformed == nullptr) continue;
     const int columns = 2 * panel + 1 < g.out.groups() ? kPanel : int(kGroup);
-    float* to = p.grad_transformed + task * slots * kPanel;
-    if (!p.add) fill(to, slots * kPanel, 0.0f);
+    float* to = p.grad_transformed + point * g.weight_step() + panel * slots * kPanel;
+    if (!p.adds_weight) fill(to, slots * kPanel, 0.0f);
     // Tiles are summed in runs: rounding in one sum of them all would grow with their number.
-    constexpr std::int64_t kRun = 256;
-    for (std::int64_t first = 0; first < p.count; first += kRun) {
+    for (std::int64_t first = 0; first < p.count; first += p.run) {
       const float* right =
           p.grad.data + point * p.grad.plane_step + panel * p.grad.panel_step + first * kPanel;
       for (std::int64_t rows = 0; rows < slots; rows += kPanel) {
@@ -465,7 +464,7 @@ void winograd_backward_weight(const conv_lstm::BackwardWeight& p, std::int64_t b
         const bool last = rows + kPanel >= slots;
         gemm<float, Left::kColumns, true>(
             left, 0, right, to + rows * kPanel, smaller<std::int64_t>(kPanel, slots - rows),
-            smaller(kRun, p.count - first), columns,
+            smaller(p.run, p.count - first), columns,
             {last ? left : left + p.inputs.panel_step, last ? right + p.grad.panel_step : right});
       }
     }
@@ -555,32 +554,34 @@ inline InputGroup input_group(const conv_lstm::Geometry& g, std::int64_t group) 
   return {g.in[0].channels + g.in[1].first(group - before), g.in[1].count(group - before)};
 }
 
-// Tasks below out.groups() make a group of output channels of U, the others a group of input
-// channels of its transposed form; `backward` is the adjoint of the first.
 void winograd_weight(const conv_lstm::Weight& p, std::int64_t begin, std::int64_t end) {
   const conv_lstm::Geometry& g = p.geometry;
   const std::int64_t taps = std::int64_t(g.kernel) * g.kernel;
-  const std::int64_t in_channels = g.in[0].channels + g.in[1].channels;
-  const std::int64_t in_slots = g.in_slots(), out_slots = g.out_slots();
+  const std::int64_t in_channels = g.in[0].channels + g.in[1].channels, in_slots = g.in_slots();
   visit_filter(g, [&]<int kPairs, int kKernel>() {
     for (std::int64_t task = begin; task < end; ++task) {
-      if (task < g.out.groups()) {
-        const float* from = p.weight + g.out.first(task) * in_channels * taps;
-        float* to = p.transformed + task / 2 * in_slots * kPanel + task % 2 * kGroup;
-        const std::int64_t plane_step = g.out_panels() * in_slots * kPanel;
-        for (std::int64_t slot = 0; slot < in_slots; ++slot) {
-          const InputGroup group = input_group(g, slot / kGroup);
-          const int lane = int(slot % kGroup);
-          winograd_filter<kPairs, kKernel>(
-              from + (lane < group.count ? group.first + lane : 0) * taps, in_channels * taps,
-              lane < group.count ? g.out.count(task) : 0, to + slot * kPanel, plane_step);
-        }
-        continue;
+      const float* from = p.weight + g.out.first(task) * in_channels * taps;
+      float* to = p.transformed + task / 2 * in_slots * kPanel + task % 2 * kGroup;
+      for (std::int64_t slot = 0; slot < in_slots; ++slot) {
+        const InputGroup group = input_group(g, slot / kGroup);
+        const int lane = int(slot % kGroup);
+        const bool filled = lane < group.count;
+        winograd_filter<kPairs, kKernel>(from + (filled ? group.first + lane : 0) * taps,
+                                         in_channels * taps, filled ? g.out.count(task) : 0,
+                                         to + slot * kPanel, g.weight_step());
       }
-      const std::int64_t in_group = task - g.out.groups();
-      const InputGroup group = input_group(g, in_group);
-      float* to = p.transposed + in_group / 2 * out_slots * kPanel + in_group % 2 * kGroup;
-      const std::int64_t plane_step = g.in_panels() * out_slots * kPanel;
+    }
+  });
+}
+
+void winograd_weight_transposed(const conv_lstm::Weight& p, std::int64_t begin, std::int64_t end) {
+  const conv_lstm::Geometry& g = p.geometry;
+  const std::int64_t taps = std::int64_t(g.kernel) * g.kernel;
+  const std::int64_t in_channels = g.in[0].channels + g.in[1].channels, out_slots = g.out_slots();
+  visit_filter(g, [&]<int kPairs, int kKernel>() {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const InputGroup group = input_group(g, task);
+      float* to = p.transformed + task / 2 * out_slots * kPanel + task % 2 * kGroup;
       for (std::int64_t slot = 0; slot < out_slots; ++slot) {
         const std::int64_t out_group = slot / kGroup;
         const int lane = int(slot % kGroup);
@@ -588,7 +589,7 @@ void winograd_weight(const conv_lstm::Weight& p, std::int64_t begin, std::int64_
         const std::int64_t channel = filled ? g.out.first(out_group) + lane : 0;
         winograd_filter<kPairs, kKernel>(p.weight + (channel * in_channels + group.first) * taps,
                                          taps, filled ? group.count : 0, to + slot * kPanel,
-                                         plane_step);
+                                         g.transposed_step());
       }
     }
   });
@@ -606,9 +607,9 @@ void winograd_weight_backward(const conv_lstm::Weight& p, std::int64_t begin, st
         const InputGroup group = input_group(g, slot / kGroup);
         const int lane = int(slot % kGroup);
         if (lane >= group.count) continue;
-        winograd_filter_backward<kPairs, kKernel>(
-            from + slot * kPanel, g.out_panels() * in_slots * kPanel,
-            to + (group.first + lane) * taps, in_channels * taps, g.out.count(task));
+        winograd_filter_backward<kPairs, kKernel>(from + slot * kPanel, g.weight_step(),
+                                                  to + (group.first + lane) * taps,
+                                                  in_channels * taps, g.out.count(task));
       }
     }
   });

@@ -53,6 +53,11 @@ __attribute__((noinline)) void gemm_block(const T* a, std::int64_t step, const T
       for (int v = 0; v < kVectors; ++v) sum[r][v] += each * factor[v];
     }
   };
+  if constexpr (kAdd)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * kPanel + v * kLanes<T>, 1);
   constexpr int kNext = kLeft == Left::kRows ? 1 : kPanel;
   constexpr int kLine = 64 / int(sizeof(T));
   std::int64_t k = 0;

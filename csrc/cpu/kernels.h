@@ -11,6 +11,7 @@
 #include "include/equilibrium_map.h"
 #include "include/gaussian_latent.h"
 #include "include/geco_update.h"
+#include "include/layout.h"
 #include "include/lstm_gates.h"
 #include "include/pncc.h"
 #include "include/squared_error.h"
@@ -23,6 +24,8 @@ struct Kernels {
   void (*affine_coupling_backward)(const affine_coupling::Backward&, std::int64_t begin,
                                    std::int64_t end);
   void (*winograd_weight)(const conv_lstm::Weight&, std::int64_t begin, std::int64_t end);
+  void (*winograd_weight_transposed)(const conv_lstm::Weight&, std::int64_t begin,
+                                     std::int64_t end);
   void (*winograd_weight_backward)(const conv_lstm::Weight&, std::int64_t begin, std::int64_t end);
   void (*winograd_input)(const conv_lstm::Tiles&, std::int64_t begin, std::int64_t end);
   void (*winograd_gradient)(const conv_lstm::Tiles&, std::int64_t begin, std::int64_t end);
@@ -67,6 +70,7 @@ struct Kernels {
   void (*geco_update_step)(const geco_update::Params&);
   void (*lstm_gates_forward)(const lstm_gates::Forward&, std::int64_t begin, std::int64_t end);
   void (*lstm_gates_backward)(const lstm_gates::Backward&, std::int64_t begin, std::int64_t end);
+  void (*transpose_images)(const layout::Transpose&, std::int64_t begin, std::int64_t end);
   // Scratch memory is the caller's, of as many doubles as are asked for.
   std::int64_t (*pncc_forward_scratch)(const pncc::Forward&);
   std::int64_t (*pncc_backward_scratch)(const pncc::Backward&);

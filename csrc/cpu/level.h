@@ -9,6 +9,7 @@
 #include "cpu/gaussian_latent.h"
 #include "cpu/geco_update.h"
 #include "cpu/kernels.h"
+#include "cpu/layout.h"
 #include "cpu/lstm_gates.h"
 #include "cpu/peak.h"
 #include "cpu/pncc.h"
@@ -21,6 +22,7 @@ constexpr Kernels kKernels = {
     .affine_coupling_forward = affine_coupling_forward,
     .affine_coupling_backward = affine_coupling_backward,
     .winograd_weight = winograd_weight,
+    .winograd_weight_transposed = winograd_weight_transposed,
     .winograd_weight_backward = winograd_weight_backward,
     .winograd_input = winograd_input,
     .winograd_gradient = winograd_gradient,
@@ -46,6 +48,7 @@ constexpr Kernels kKernels = {
     .geco_update_step = geco_update_step,
     .lstm_gates_forward = lstm_gates_forward,
     .lstm_gates_backward = lstm_gates_backward,
+    .transpose_images = transpose_images,
     .pncc_forward_scratch = pncc_scratch,
     .pncc_backward_scratch = pncc_scratch,
     .pncc_forward = pncc_run,

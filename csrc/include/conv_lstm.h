@@ -11,7 +11,8 @@
 // Channels lie in groups of 16, two groups to a panel of 32: V [n^2, panels, tiles, 32], M and dM
 // likewise with output channels, U [n^2, output panels, input slots, 32], and U once more with
 // input and output changing places. A slot is a channel or, at the end of a source's last group,
-// nothing.
+// nothing. From one point to the next there is some room, 32 elements for U: it keeps the points of
+// one tile or filter out of each other's cache lines.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,13 @@ struct Geometry {
   }
   __attribute__((always_inline)) std::int64_t in_panels() const { return (in_groups() + 1) / 2; }
   __attribute__((always_inline)) std::int64_t out_panels() const { return (out.groups() + 1) / 2; }
+  // Elements from one point to the next of U and of its transposed form.
+  __attribute__((always_inline)) std::int64_t weight_step() const {
+    return (out_panels() * in_slots() + 1) * 2 * kGroup;
+  }
+  __attribute__((always_inline)) std::int64_t transposed_step() const {
+    return (in_panels() * out_slots() + 1) * 2 * kGroup;
+  }
 };
 
 // Values of some tiles at the points: `panel_step` elements from one panel to the next,
@@ -79,12 +87,11 @@ struct Planes {
   std::int64_t panel_step, plane_step;
 };
 
-// U and, where it is wanted, its form for the gradients to the inputs; or the other way round, the
-// gradient to the weight. One task is a group of output channels (then, of input channels).
+// U, or its form for the gradients to the inputs, or the other way round, the gradient to the
+// weight. One task is a group of output channels, or for the transposed form of input channels.
 struct Weight {
   Geometry geometry;
-  float* weight;      // [out, in, r, r], contiguous
-  float* transposed;  // [n^2, input panels, output slots, 32], or null
+  float* weight;  // [out, in, r, r], contiguous
   float* transformed;
 };
 
@@ -138,9 +145,10 @@ struct BackwardWeight {
   Geometry geometry;
   std::int64_t count;
   Planes inputs, grad;
-  bool add;                 // to what `grad_transformed` holds
-  float* grad_transformed;  // null where it isn't wanted
-  float* grad_bias;         // [out] or null
+  std::int64_t run;             // so many tiles are summed before they are added
+  bool adds_weight, adds_bias;  // to what is there already
+  float* grad_transformed;      // null where it isn't wanted
+  float* grad_bias;             // [out] or null
 };
 
 }  // namespace geco::conv_lstm

@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "include/conv_lstm.h"
+#include "include/layout.h"
 #include "ops/lstm_gates.h"
 
 namespace geco {
@@ -13,9 +14,11 @@ using namespace conv_lstm;
 constexpr std::int64_t kPanel = 2 * kGroup;
 // Tiles of one task: their products stay in the second-level cache until they are transformed.
 constexpr std::int64_t kTiles = 48;
-// Floats that hold tiles at the points, of one part of a call's tiles after another: few, so that
-// they stay in cache, but not below twice as many as the weight has, which every part reads.
-constexpr std::int64_t kFewest = 1 << 19, kMost = 1 << 23;
+// A run: tiles that are at the points at a time, for each thread. Few stay in cache and take little
+// memory, but each time the weight is read, or its gradient read and written: a weight that is too
+// large for the cache asks for more. In the weight's gradient the tiles of a run are summed before
+// they are added, so the sums don't depend on the number of threads.
+constexpr std::int64_t kRun = 64, kLongRun = 128, kLargeWeight = 1 << 22;
 
 // A tile's outputs: those that take the fewest products.
 int outputs_of(std::int64_t kernel, std::int64_t height, std::int64_t width) {
@@ -54,14 +57,6 @@ std::int64_t size_of(const std::optional<Tensor>& tensor, int dimension) {
 
 std::int64_t points_of(const Geometry& g) { return std::int64_t(g.points()) * g.points(); }
 
-// With channels next to each other, copied if they aren't.
-Tensor channels_inside(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float,
-                  "Winograd's domain takes float32 images [B, C, H, W]");
-  if (tensor.stride(1) == 1 || tensor.size(1) == 1) return tensor;
-  return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 Image image_of(const Tensor& tensor) {
   return {static_cast<float*>(const_cast<void*>(tensor.const_data_ptr())),
           tensor.size(1),
@@ -73,6 +68,40 @@ Tensor empty_image(const Tensor& like, std::int64_t channels) {
   const std::int64_t sizes[] = {like.size(0), channels, height, width};
   const std::int64_t strides[] = {height * width * channels, 1, width * channels, channels};
   return empty(like, {sizes, 4}, {strides, 4}, ScalarType::Float);
+}
+
+// Tasks, of so many multiplications each, that pay for a thread's start.
+std::int64_t grain_of(std::int64_t multiplications) {
+  return std::max<std::int64_t>(1, (1 << 18) / std::max<std::int64_t>(1, multiplications));
+}
+
+// Each image is a matrix [rows, columns], and is written transposed.
+void transpose_images(const Tensor& from, std::int64_t rows, std::int64_t columns,
+                      const Tensor& to) {
+  const layout::Transpose params{static_cast<const float*>(from.const_data_ptr()),
+                                 static_cast<float*>(to.mutable_data_ptr()),
+                                 from.size(0),
+                                 rows,
+                                 columns,
+                                 from.stride(0),
+                                 to.stride(0)};
+  const auto kernel = cpu::active().kernels->transpose_images;
+  torch::stable::parallel_for(
+      0, params.tasks(), grain_of(rows * params.kColumns),
+      [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
+}
+
+// With channels next to each other, copied if they aren't.
+Tensor channels_inside(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float,
+                  "Winograd's domain takes float32 images [B, C, H, W]");
+  if (tensor.stride(1) == 1 || tensor.size(1) == 1) return tensor;
+  const std::int64_t pixels = tensor.size(2) * tensor.size(3);
+  if (tensor.stride(3) != 1 || tensor.stride(2) != tensor.size(3) || tensor.stride(1) != pixels)
+    return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor result = empty_image(tensor, tensor.size(1));
+  transpose_images(tensor, tensor.size(1), pixels, result);
+  return result;
 }
 
 // Whether PyTorch takes a tensor for channels-last, by its strides alone.
@@ -88,8 +117,15 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// An image with channels inside in the layout that is asked for.
 Tensor laid_out(const Tensor& image, bool channels_last) {
-  return channels_last ? image : torch::stable::contiguous(image);
+  if (channels_last) return image;
+  const std::int64_t channels = image.size(1), pixels = image.size(2) * image.size(3);
+  const std::int64_t sizes[] = {image.size(0), channels, image.size(2), image.size(3)};
+  const std::int64_t strides[] = {channels * pixels, pixels, image.size(3), 1};
+  const Tensor result = empty(image, {sizes, 4}, {strides, 4}, ScalarType::Float);
+  transpose_images(image, pixels, channels, result);
+  return result;
 }
 
 // Room for `count` tiles at the points; a panel more from one point to the next keeps the points of
@@ -103,11 +139,6 @@ struct Workspace {
         planes{static_cast<float*>(memory.mutable_data_ptr()), count * kPanel,
                (panels * count + 1) * kPanel} {}
 };
-
-// Tasks, of so many multiplications each, that pay for a thread's start.
-std::int64_t grain_of(std::int64_t multiplications) {
-  return std::max<std::int64_t>(1, (1 << 18) / std::max<std::int64_t>(1, multiplications));
-}
 
 template <class Params>
 void run_tiles(const Params& params, std::int64_t count, std::int64_t groups,
@@ -137,34 +168,40 @@ Tensor zeros(const Tensor& like, std::int64_t channels) {
   return torch::stable::zero_(result);
 }
 
-// Equal blocks of at most kTiles tiles.
-std::int64_t block_of(std::int64_t tiles) {
-  const std::int64_t blocks = (tiles + kTiles - 1) / kTiles;
+// Equal blocks of at most kTiles tiles, for so many threads.
+std::int64_t block_of(std::int64_t tiles, std::int64_t threads) {
+  const std::int64_t each = kTiles * threads;
+  const std::int64_t blocks = (tiles + each - 1) / each * threads;
   return (tiles + blocks - 1) / blocks;
 }
 
-// How many tiles are at the points at a time: all, some images, or a part of one.
-std::int64_t part_of(const Geometry& g, std::int64_t panels) {
-  const std::int64_t all = g.batch * g.tiles_per_image();
+// How many tiles make a run: all, some images, or a part of one.
+std::int64_t run_of(const Geometry& g) {
+  const std::int64_t each = g.tiles_per_image(), all = g.batch * each;
   const std::int64_t weight = points_of(g) * g.in_slots() * g.out_slots();
-  const std::int64_t most =
-      std::clamp(2 * weight, kFewest, kMost) / (points_of(g) * panels * kPanel);
-  if (most >= all) return all;
-  const std::int64_t images = most / g.tiles_per_image();
-  return images > 0 ? images * g.tiles_per_image()
-                    : block_of(g.tiles_per_image()) *
-                          std::max<std::int64_t>(1, most / block_of(g.tiles_per_image()));
+  const std::int64_t most = weight > kLargeWeight ? kLongRun : kRun;
+  if (all <= most) return std::max<std::int64_t>(1, all);
+  if (each <= most) return most / each * each;
+  const std::int64_t parts = (each + most - 1) / most;
+  return (each + parts - 1) / parts;
+}
+
+std::int64_t threads() { return torch::stable::get_num_threads(); }
+
+// How many tiles are at the points at a time.
+std::int64_t part_of(const Geometry& g) {
+  return std::min(run_of(g) * threads(), std::max<std::int64_t>(1, g.batch * g.tiles_per_image()));
 }
 
 // Returns whether all is finite; if not, some of the results may be wrong.
 bool forward(Forward params, const Tensor& like, const Tensor& transformed,
              const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
   const Geometry& g = params.geometry;
-  STD_TORCH_CHECK(transformed.numel() == points_of(g) * g.out_panels() * g.in_slots() * kPanel,
+  STD_TORCH_CHECK(transformed.numel() == points_of(g) * g.weight_step(),
                   "the transformed weight is for other channels or another size of image");
   params.transformed = static_cast<const float*>(transformed.const_data_ptr());
   const cpu::Kernels& kernels = *cpu::active().kernels;
-  const std::int64_t all = g.batch * g.tiles_per_image(), part = part_of(g, g.in_panels());
+  const std::int64_t all = g.batch * g.tiles_per_image(), part = part_of(g);
   const Workspace inputs(like, g, g.in_panels(), part);
   const Tensor zero = zeros(like, std::max(g.in[0].channels, g.in[1].channels));
   Tiles tiles{g, {}, static_cast<const float*>(zero.const_data_ptr()), 0, inputs.planes};
@@ -176,7 +213,7 @@ bool forward(Forward params, const Tensor& like, const Tensor& transformed,
   for (std::int64_t first = 0; first < all; first += part) {
     tiles.first = params.first = first;
     params.count = std::min(part, all - first);
-    params.block = block_of(params.count);
+    params.block = block_of(params.count, threads());
     run_tiles(tiles, params.count, g.in_groups(), kernels.winograd_input);
     run_tasks(params, kernels.winograd_forward, kernels.winograd_forward_scratch);
   }
@@ -221,16 +258,24 @@ Tensor direct_gates(const std::optional<Tensor>& x, const Tensor& h, const Tenso
   return gates;
 }
 
+// Room for a weight at the points, with zeros between them, where no kernel writes.
+Tensor empty_planes(const Tensor& like, std::int64_t points, std::int64_t step) {
+  const Tensor planes = empty_vector(like, points * step, ScalarType::Float);
+  float* data = static_cast<float*>(planes.mutable_data_ptr());
+  for (std::int64_t point = 1; point <= points; ++point)
+    std::fill_n(data + point * step - kPanel, kPanel, 0.0f);
+  return planes;
+}
+
 Weight weight_of(const Geometry& g, const Tensor& weight, const Tensor& transformed) {
-  return {g, static_cast<float*>(const_cast<void*>(weight.const_data_ptr())), nullptr,
+  return {g, static_cast<float*>(const_cast<void*>(weight.const_data_ptr())),
           static_cast<float*>(const_cast<void*>(transformed.const_data_ptr()))};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> winograd_weight_cpu(const Tensor& weight, std::int64_t split,
-                                               std::int64_t blocks, std::int64_t height,
-                                               std::int64_t width, bool transposed) {
+Tensor winograd_weight_cpu(const Tensor& weight, std::int64_t split, std::int64_t blocks,
+                           std::int64_t height, std::int64_t width, bool transposed) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) &&
                       weight.scalar_type() == ScalarType::Float,
                   "Winograd's domain takes float32 weights [out, in, r, r]");
@@ -239,19 +284,17 @@ std::tuple<Tensor, Tensor> winograd_weight_cpu(const Tensor& weight, std::int64_
       "channels don't divide so");
   const Geometry g = geometry_of(0, height, width, weight.size(2), split, weight.size(1) - split,
                                  weight.size(0), blocks);
-  const std::int64_t points = points_of(g) * kPanel;
   const Tensor given = torch::stable::contiguous(weight);
   const Tensor result =
-      empty_vector(weight, points * g.out_panels() * g.in_slots(), ScalarType::Float);
-  const Tensor other = empty_vector(weight, transposed ? points * g.in_panels() * g.out_slots() : 0,
-                                    ScalarType::Float);
-  Weight params = weight_of(g, given, result);
-  if (transposed) params.transposed = static_cast<float*>(other.mutable_data_ptr());
-  const auto kernel = cpu::active().kernels->winograd_weight;
+      empty_planes(weight, points_of(g), transposed ? g.transposed_step() : g.weight_step());
+  const Weight params = weight_of(g, given, result);
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  const auto kernel = transposed ? kernels.winograd_weight_transposed : kernels.winograd_weight;
   torch::stable::parallel_for(
-      0, g.out.groups() + (transposed ? g.in_groups() : 0), grain_of(points * g.in_slots()),
+      0, transposed ? g.in_groups() : g.out.groups(),
+      grain_of(points_of(g) * kPanel * g.in_slots()),
       [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
-  return {result, other};
+  return result;
 }
 
 Tensor winograd_weight_backward_cpu(const Tensor& grad, std::int64_t out_channels,
@@ -260,9 +303,9 @@ Tensor winograd_weight_backward_cpu(const Tensor& grad, std::int64_t out_channel
                                     std::int64_t width) {
   const Geometry g =
       geometry_of(0, height, width, kernel, split, in_channels - split, out_channels, blocks);
-  STD_TORCH_CHECK(grad.numel() == points_of(g) * g.out_panels() * g.in_slots() * kPanel &&
-                      grad.scalar_type() == ScalarType::Float,
-                  "the gradient must have the shape and dtype of the transformed weight");
+  STD_TORCH_CHECK(
+      grad.numel() == points_of(g) * g.weight_step() && grad.scalar_type() == ScalarType::Float,
+      "the gradient must have the shape and dtype of the transformed weight");
   const std::int64_t sizes[] = {out_channels, in_channels, kernel, kernel};
   const std::int64_t strides[] = {in_channels * kernel * kernel, kernel * kernel, kernel, 1};
   const Tensor result = empty(grad, {sizes, 4}, {strides, 4}, ScalarType::Float);
@@ -275,7 +318,7 @@ Tensor winograd_weight_backward_cpu(const Tensor& grad, std::int64_t out_channel
 }
 
 Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const Tensor& transformed,
-                           const Tensor&, const std::optional<Tensor>& bias) {
+                           const std::optional<Tensor>& bias) {
   const std::int64_t out_channels = weight.size(0);
   const Tensor image = channels_inside(x);
   const Tensor result = empty_image(x, out_channels);
@@ -291,7 +334,7 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor> winograd_step_cpu(
     const std::optional<Tensor>& x, const Tensor& h, const Tensor& c, const Tensor& weight,
-    const Tensor& transformed, const Tensor&, const std::optional<Tensor>& bias,
+    const Tensor& transformed, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& x_projection, double forget_bias, bool keep) {
   const std::int64_t channels = h.size(1);
   STD_TORCH_CHECK(same_sizes(h, c), "c must have the shape of h");
@@ -323,7 +366,8 @@ std::tuple<Tensor, Tensor, Tensor> winograd_step_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
-    const Tensor& weight, const Tensor& transposed, std::int64_t blocks, std::int64_t wanted) {
+    const Tensor& weight, const Tensor& transposed, std::int64_t blocks, std::int64_t wanted,
+    const std::optional<Tensor>& total) {
   const std::int64_t out = grad.size(1);
   const Geometry g = geometry_of(grad.size(0), grad.size(2), grad.size(3), weight.size(2),
                                  size_of(x, 1), size_of(h, 1), out, blocks);
@@ -331,9 +375,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
   const std::optional<Tensor> sources[] = {channels_inside(x), channels_inside(h)};
   Tensor grad_source[2] = {empty_vector(grad, 0, ScalarType::Float),
                            empty_vector(grad, 0, ScalarType::Float)};
+  const std::int64_t weight_size = points_of(g) * g.weight_step();
+  const bool adds = wants_weight && total.has_value();
+  STD_TORCH_CHECK(!adds || (total->numel() == weight_size && total->is_contiguous() &&
+                            total->scalar_type() == ScalarType::Float),
+                  "the gradient so far must have the shape and dtype of the transformed weight");
   const Tensor grad_weight =
-      empty_vector(grad, wants_weight ? points_of(g) * g.out_panels() * g.in_slots() * kPanel : 0,
-                   ScalarType::Float);
+      empty_planes(grad, wants_weight && !adds ? points_of(g) : 0, g.weight_step());
   Tensor grad_bias = empty_vector(grad, wants_bias ? out : 0, ScalarType::Float);
   bool wants_source = false;
   BackwardInput to_inputs{};
@@ -346,16 +394,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
   }
   const std::int64_t all = g.batch * g.tiles_per_image();
   if (all == 0) {
-    if (wants_weight) torch::stable::fill_(grad_weight, 0);
+    if (wants_weight && !adds) torch::stable::fill_(grad_weight, 0);
     if (wants_bias) torch::stable::fill_(grad_bias, 0);
     return {grad_source[0], grad_source[1], grad_weight, grad_bias};
   }
-  STD_TORCH_CHECK(
-      !wants_source || transposed.numel() == points_of(g) * g.in_panels() * g.out_slots() * kPanel,
-      "the transposed weight is for other channels or another size of image");
+  STD_TORCH_CHECK(!wants_source || transposed.numel() == points_of(g) * g.transposed_step(),
+                  "the transposed weight is for other channels or another size of image");
 
   const Tensor upstream = channels_inside(grad);
-  const std::int64_t part = part_of(g, g.out_panels() + (wants_weight ? g.in_panels() : 0));
+  const std::int64_t part = part_of(g);
   const Workspace grads(grad, g, g.out_panels(), part);
   const Workspace inputs(grad, g, g.in_panels(), wants_weight ? part : 0);
   const Tensor zero = zeros(grad, std::max({g.in[0].channels, g.in[1].channels, out}));
@@ -369,9 +416,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
   to_inputs.transposed = static_cast<const float*>(transposed.const_data_ptr());
   std::int32_t not_finite = 0;
   to_inputs.not_finite = &not_finite;
-  BackwardWeight to_weight{g, 0, inputs.planes, grads.planes, false, nullptr, nullptr};
+  BackwardWeight to_weight{g,    0,     inputs.planes, grads.planes, run_of(g),
+                           adds, false, nullptr,       nullptr};
   if (wants_weight)
-    to_weight.grad_transformed = static_cast<float*>(grad_weight.mutable_data_ptr());
+    to_weight.grad_transformed =
+        static_cast<float*>((adds ? *total : grad_weight).mutable_data_ptr());
   if (wants_bias) to_weight.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
 
   const cpu::Kernels& kernels = *cpu::active().kernels;
@@ -384,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
       // Some images at once where they have few tiles, a part of one where they have many.
       const std::int64_t images = std::max<std::int64_t>(1, kTiles / g.tiles_per_image());
       to_inputs.share = std::min(count, images * g.tiles_per_image());
-      to_inputs.block = block_of(to_inputs.share);
+      to_inputs.block = block_of(to_inputs.share, 1);
       run_tasks(to_inputs, kernels.winograd_backward_input,
                 kernels.winograd_backward_input_scratch);
     }
@@ -395,7 +444,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
                                   [&](std::int64_t begin, std::int64_t end) {
                                     kernels.winograd_backward_weight(to_weight, begin, end);
                                   });
-    to_weight.add = true;
+    to_weight.adds_weight = to_weight.adds_bias = true;
   }
   if (not_finite != 0) {
     Tensor direct = convolve(grad, weight_backwards(weight), std::nullopt);

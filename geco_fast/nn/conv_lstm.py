@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from geco_fast import ops
 from geco_fast._checks import check_floating, check_rank, describe
@@ -25,6 +26,13 @@ def channels_inside(x: Tensor) -> Tensor:
     Brought there once, they stay so from step to step.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
+
+
+def run_step(step: Callable[..., Any], *inputs: Any, recompute: bool) -> Any:
+    """``step(*inputs)``, of which the graph keeps the inputs alone where `recompute`."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(step, *inputs, use_reentrant=False)
+    return step(*inputs)
 
 
 class ConvLSTMCell(nn.Module):
@@ -290,6 +298,9 @@ class ConvLSTM(nn.Module):
         As of `ConvLSTMCell`, which is the attribute `cell`.
     batch_first : bool
         Whether sequences are ``[B, T, C, H, W]`` rather than ``[T, B, C, H, W]``.
+    recompute : bool
+        Keep of each step nothing but its inputs, and compute the rest once more in the backward
+        pass: less memory for about a third more time. The results are the same.
 
     Examples
     --------
@@ -309,9 +320,11 @@ class ConvLSTM(nn.Module):
         batch_first: bool = False,
         bias: bool = True,
         forget_bias: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.batch_first = batch_first
+        self.recompute = recompute
         self.cell = ConvLSTMCell(
             in_channels, hidden_channels, kernel_size, bias=bias, forget_bias=forget_bias
         )
@@ -352,6 +365,6 @@ class ConvLSTM(nn.Module):
         step = self.cell.prepare(x.shape[-2:])
         outputs = []
         for frame in frames:
-            h, c = step(frame, h, c)
+            h, c = run_step(step, frame, h, c, recompute=self.recompute)
             outputs.append(h)
         return torch.stack(outputs, dim=axis), (h, c)

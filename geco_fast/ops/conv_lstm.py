@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,13 @@ from geco_fast import reference
 from geco_fast._autograd import (
     below_autograd,
     differentiable,
+    direct_apply,
     reference_gradients,
     wants_graph,
 )
 from geco_fast._backend import BackendUnavailable, select
 from geco_fast._checks import (
+    alike,
     check_alike,
     check_choice,
     check_floating,
@@ -26,8 +28,8 @@ from geco_fast._checks import (
     check_rank,
     check_shape,
 )
-from geco_fast._registry import winograd_form
-from geco_fast.ops._operands import autocast_to_lower, per_dimension
+from geco_fast._registry import LIBRARY, winograd_form
+from geco_fast.ops._operands import autocast_enabled, autocast_to_lower, per_dimension
 from geco_fast.ops.lstm_gates import lstm_gates
 from geco_fast.reference.conv_lstm import conv_lstm_gates
 
@@ -36,9 +38,35 @@ ALGORITHMS = ("auto", "direct", "winograd")
 WINOGRAD_BOUND = 2e-5
 
 _X, _H, _WEIGHT, _BIAS = 1, 2, 4, 8
-_transform_backward = torch.ops.geco_fast.winograd_weight_backward.default
+_weight = torch.ops.geco_fast.winograd_weight.default
+_weight_backward = torch.ops.geco_fast.winograd_weight_backward.default
+_step = torch.ops.geco_fast.winograd_step.default
 _backward = torch.ops.geco_fast.winograd_backward.default
 _gates_backward = torch.ops.geco_fast.lstm_gates_backward.default
+
+
+class _Shared:
+    """What the uses of one transformed weight share in a backward pass.
+
+    The weight's other form, for the gradients to the inputs, is made by the first that needs it.
+    The first to have a gradient to the transformed weight gives it to autograd, and the others add
+    to it where it is: autograd reads it when all are done.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.transposed: Tensor | None = None
+        self.total: Tensor | None = None
+        self.task = -1
+
+    def enter(self) -> None:
+        """Forget what another backward pass has left, one that failed."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.forget()
+            self.task = task
 
 
 class PreparedWeight(NamedTuple):
@@ -50,42 +78,45 @@ class PreparedWeight(NamedTuple):
         ``[4C, Cx + C, kh, kw]``.
     spatial : tuple of int
         ``(H, W)`` of the images it is meant for.
-    transformed, transposed : Tensor or None
-        The weight in Winograd's domain, and once more for the gradients to the inputs; None where
-        the direct convolution will be used.
+    transformed : Tensor or None
+        The weight in Winograd's domain; None where the direct convolution will be used.
+    shared : object
+        What the steps share in their backward pass.
     """
 
     weight: Tensor
     spatial: tuple[int, int]
     transformed: Tensor | None = None
-    transposed: Tensor | None = None
+    shared: _Shared | None = None
 
 
 class _Transform(torch.autograd.Function):
     """The weight in Winograd's domain, where the gradients of all its uses are gathered."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, shared: _Shared, *inputs: Any) -> Tensor:
+        ctx.shared = shared
+        _Transform.remember(ctx, inputs)
         with below_autograd():
-            output = torch.ops.geco_fast.winograd_weight.default(*inputs)
-        _Transform.remember(ctx, inputs, output)
-        return output
+            return _weight(*inputs)  # type: ignore[no-any-return]
 
     @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
         weight, *ctx.form, _ = inputs
         # Saved so that autograd sees if the weight was changed meanwhile.
         ctx.save_for_backward(weight)
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.shared.forget()
+        return None, *_Transform.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        none = (None,) * 5
-        if grad is None:
-            return None, *none
-        return _transform_backward(grad, *weight.shape[:3], *ctx.form), *none
+        found = None if grad is None else _weight_backward(grad, *weight.shape[:3], *ctx.form)
+        return found, *(None,) * 5
 
 
 def _weight_and_input_gradients(
@@ -93,19 +124,15 @@ def _weight_and_input_gradients(
     grad: Tensor,
     sources: tuple[Tensor | None, Tensor | None],
     weight: Tensor,
-    transposed: Tensor,
     needed: dict[str, bool],
+    shared: _Shared | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to both sources, the weight, its transform and the bias.
 
     Those to the weight flow through its transform, where it has a graph.
     """
     x, h = sources
-    split = 0 if x is None else x.shape[1]
-    form = (split, blocks, *grad.shape[2:])
-    if (needed["x"] or needed["h"]) and not transposed.numel():
-        # Made ready without gradients in mind.
-        _, transposed = torch.ops.geco_fast.winograd_weight.default(weight, *form, True)
+    form = (0 if x is None else x.shape[1], blocks, *grad.shape[2:])
     alone = needed["weight"] and not needed["transformed"]
     wanted = (
         needed["x"] * _X
@@ -113,23 +140,31 @@ def _weight_and_input_gradients(
         | (needed["transformed"] or alone) * _WEIGHT
         | needed["bias"] * _BIAS
     )
+    transposed = total = None
+    if shared is not None:
+        shared.enter()
+        transposed, total = shared.transposed, shared.total
+    if transposed is None:
+        wants_input = needed["x"] or needed["h"]
+        transposed = _weight(weight, *form, True) if wants_input else weight.new_empty(0)
     grad_x, grad_h, grad_transformed, grad_bias = _backward(
-        grad, x, h, weight, transposed, blocks, wanted
+        grad, x, h, weight, transposed, blocks, wanted, total
     )
-    grad_weight = None
-    if alone:
-        grad_weight = _transform_backward(grad_transformed, *weight.shape[:3], *form)
+    if shared is not None:
+        shared.transposed = transposed if transposed.numel() else None
+        if needed["transformed"] and total is None:
+            shared.total = grad_transformed
     return (
         grad_x if needed["x"] else None,
         grad_h if needed["h"] else None,
-        grad_weight,
-        grad_transformed if needed["transformed"] else None,
+        _weight_backward(grad_transformed, *weight.shape[:3], *form) if alone else None,
+        grad_transformed if needed["transformed"] and total is None else None,
         grad_bias if needed["bias"] else None,
     )
 
 
 class _Conv2d(torch.autograd.Function):
-    """Saves its input and both forms of the weight; the input's transform is made again."""
+    """Saves its input and the weight, and makes their transforms again."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -139,57 +174,61 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        x, weight, _, transposed, bias = inputs
-        ctx.save_for_backward(x, weight, transposed, bias)
+        x, weight, _, bias = inputs
+        ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, transposed, bias = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
         if wants_graph():
             given = [tensor for tensor in (x, weight, bias) if tensor is not None]
             found = reference_gradients(lambda *of: (reference.conv2d(*of),), given, (grad,))
-            return *found[:2], None, None, found[2] if bias is not None else None
-        names = ("x", "weight", "transformed", "transposed", "bias")
+            return *found[:2], None, found[2] if bias is not None else None
+        names = ("x", "weight", "transformed", "bias")
         needed = dict(zip(names, ctx.needs_input_grad, strict=True)) | {"h": False}
-        grad_x, _, grad_weight, grad_transformed, grad_bias = _weight_and_input_gradients(
-            1, grad, (x, None), weight, transposed, needed
-        )
-        return grad_x, grad_weight, grad_transformed, None, grad_bias
+        grad_x, _, *rest = _weight_and_input_gradients(1, grad, (x, None), weight, needed)
+        return grad_x, *rest
 
 
 class _Step(torch.autograd.Function):
     """Saves its inputs and the pre-activations; the inputs' transforms are made again."""
 
     names = (
-        "x",
-        "h",
-        "c",
-        "weight",
-        "transformed",
-        "transposed",
-        "bias",
-        "x_projection",
-        "forget_bias",
-        "keep",
+        *("x", "h", "c", "weight", "transformed", "bias", "x_projection"),
+        *("forget_bias", "keep"),
     )
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, shared: _Shared, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.shared = shared
         with below_autograd():
-            output = torch.ops.geco_fast.winograd_step.default(*inputs)
+            output = _step(*inputs)
         _Step.remember(ctx, inputs, output)
-        return output
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, h, c, weight, _, transposed, bias, x_projection, ctx.forget_bias, _ = inputs
-        ctx.save_for_backward(x, h, c, weight, transposed, bias, x_projection, output[2])
+        x, h, c, weight, _, bias, x_projection, ctx.forget_bias, _ = inputs
+        ctx.save_for_backward(x, h, c, weight, bias, x_projection, output[2])
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, c, weight, transposed, bias, x_projection, gates = ctx.saved_tensors
+        return None, *_Step.gradients(ctx, ctx.needs_input_grad[1:], ctx.shared, grads)
+
+    @staticmethod
+    def through_operator(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Step.gradients(ctx, ctx.needs_input_grad, None, grads)
+
+    @staticmethod
+    def gradients(
+        ctx: Any,
+        needed: Sequence[bool],
+        shared: _Shared | None,
+        grads: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        x, h, c, weight, bias, x_projection, gates = ctx.saved_tensors
         grad_h, grad_c, _ = grads
         found: dict[str, Tensor | None] = dict.fromkeys(_Step.names)
         if grad_h is None and grad_c is None:
@@ -212,22 +251,33 @@ class _Step(torch.autograd.Function):
             gradients = reference_gradients(define, list(present.values()), (grad_h, grad_c))
             found |= zip(present, gradients, strict=True)
             return tuple(found.values())
-        needed = dict(zip(_Step.names, ctx.needs_input_grad, strict=True))
+        wanted = dict(zip(_Step.names, needed, strict=True))
         grad_gates, found["c"] = _gates_backward(gates, c, ctx.forget_bias, grad_h, grad_c)
         if x_projection is not None:
             found["x_projection"] = grad_gates
         names = ("x", "h", "weight", "transformed", "bias")
-        if any(needed[name] for name in names):
-            gradients = _weight_and_input_gradients(
-                4, grad_gates, (x, h), weight, transposed, needed
-            )
+        if any(wanted[name] for name in names):
+            gradients = _weight_and_input_gradients(4, grad_gates, (x, h), weight, wanted, shared)
             found |= zip(names, gradients, strict=True)
         return tuple(found.values())
 
 
-_transform = differentiable("winograd_weight", _Transform)
 _conv2d = differentiable("winograd_conv2d", _Conv2d)
-_step = differentiable("winograd_step", _Step)
+_transform_with_gradients = direct_apply(_Transform)
+_step_with_gradients = direct_apply(_Step)
+# Dynamo gets the operators with formulas of the same parts, as in `differentiable`.
+torch.library.register_autograd(
+    "geco_fast::winograd_weight",
+    _Transform.gradients,
+    setup_context=_Transform.remember,
+    lib=LIBRARY,
+)
+torch.library.register_autograd(
+    "geco_fast::winograd_step",
+    _Step.through_operator,
+    setup_context=_Step.remember,
+    lib=LIBRARY,
+)
 
 
 def _why_not(weight: Tensor, spatial: tuple[int, ...]) -> str:
@@ -242,25 +292,27 @@ def _why_not(weight: Tensor, spatial: tuple[int, ...]) -> str:
     return ""
 
 
-def _pays(weight: Tensor, spatial: tuple[int, int], batch: int | None) -> bool:
-    """Whether Winograd's domain is faster than the direct convolution.
+def _pays(
+    outputs: int, inputs: int, kernel: int, spatial: tuple[int, int], batch: int, uses: int
+) -> bool:
+    """Whether Winograd's domain is faster than the direct convolution for so many uses of a weight.
 
     Both are estimated in products of the direct one; docs/ops/conv_lstm.md tells where the factors
-    come from. Without a batch, a weight is made ready for some eight steps of some eight images.
+    come from.
     """
-    outputs, inputs, kernel, _ = weight.shape
-    if min(outputs, inputs) < 16:
+    if inputs < 12:
         return False
-    uses = 8 if batch is None else 1
-    if batch is None or torch.compiler.is_compiling():
-        batch = 8  # so that no compiled code is bound to a batch
     tiles, points = winograd_form(kernel, *spatial)
-    direct = batch * spatial[0] * spatial[1] * kernel**2 * inputs * outputs
-    inputs, outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
-    products = 1.75 * batch * tiles * points * inputs * outputs
-    values = 13 * batch * tiles * points * (inputs + outputs)
-    weights = 80 * points * inputs * max(32, outputs) / uses
-    return direct > 1.3 * (products + values + weights)
+    tiles, pixels = batch * tiles, batch * spatial[0] * spatial[1]
+    wide_inputs, wide_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
+    direct = pixels * (kernel**2 * inputs * wide_outputs + 40 * (inputs + outputs))
+    products = 1.25 * tiles * points * wide_inputs * wide_outputs
+    values = 6 * tiles * points * (wide_inputs + wide_outputs)
+    weights = 20 * points * wide_inputs * max(32, wide_outputs) / uses
+    return direct > 1.2 * (products + values + weights)
+
+
+_pays_once = functools.lru_cache(_pays)
 
 
 def _choose(
@@ -278,7 +330,16 @@ def _choose(
     if chosen != "cpu":
         reason = f"it has a kernel for the CPU alone, and {chosen!r} serves the call"
     if algorithm == "auto":
-        return not reason and _pays(weight, spatial, batch)
+        if reason:
+            return False
+        # Without a batch, a weight is made ready for some eight steps of some eight images.
+        uses = 8 if batch is None else 1
+        outputs, inputs, kernel, _ = weight.shape
+        if torch.compiler.is_compiling():
+            # No compiled code is bound to a batch.
+            return _pays(outputs, inputs, kernel, spatial, 8, uses)
+        batch = 8 if batch is None else batch
+        return _pays_once(outputs, inputs, kernel, spatial, batch, uses)
     if reason:
         raise BackendUnavailable(
             f"{operator}: algorithm 'winograd' is unavailable: {reason}; use algorithm='auto'"
@@ -309,11 +370,17 @@ def _if_memory_allows(attempt: Callable[[], Any]) -> Any:
 
 
 def _transformed(
-    weight: Tensor, split: int, blocks: int, spatial: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """Both forms of a weight, or None where memory for them can't be had."""
-    return _if_memory_allows(
-        lambda: _transform(weight, split, blocks, *spatial, torch.is_grad_enabled())
+    weight: Tensor, split: int, blocks: int, spatial: tuple[int, int], shared: _Shared | None = None
+) -> Tensor | None:
+    """A weight in Winograd's domain, or None where memory for it can't be had."""
+    inputs = (weight, split, blocks, *spatial, False)
+    if torch.compiler.is_compiling():
+        return _weight(*inputs)  # type: ignore[no-any-return]
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        with below_autograd():
+            return _if_memory_allows(lambda: _weight(*inputs))  # type: ignore[no-any-return]
+    return _if_memory_allows(  # type: ignore[no-any-return]
+        lambda: _transform_with_gradients(shared or _Shared(), *inputs)
     )
 
 
@@ -323,6 +390,24 @@ def _check_weight(weight: Tensor) -> None:
     kernel = tuple(weight.shape[2:])
     if not (kernel[0] % 2 and kernel[1] % 2):
         raise ValueError(f"weight must have an odd kernel, got {kernel[0]}x{kernel[1]}")
+
+
+def _in_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a convolution's operands need no more checks and no cast.
+
+    The good case, told in a fraction of the time that it takes to name what is wrong.
+    """
+    if not (alike(x, weight) if bias is None else alike(x, weight, bias)):
+        return False
+    if x.dim() != 4 or weight.dim() != 4 or autocast_enabled(x.device.type):
+        return False
+    outputs, inputs, *kernel = weight.shape
+    return (
+        x.shape[1] == inputs
+        and kernel[0] % 2 == 1
+        and kernel[1] % 2 == 1
+        and (bias is None or bias.shape == (outputs,))
+    )
 
 
 def _alike(operands: dict[str, Tensor | None], first: str) -> dict[str, Any]:
@@ -383,9 +468,11 @@ def prepare_weight(
     (weight,) = autocast_to_lower(weight)
     chosen = select("prepare_weight", weight, backend)
     if _choose("prepare_weight", chosen, algorithm, weight, (height, width)):
-        forms = _transformed(weight, inputs - outputs // 4, 4, (height, width))
-        if forms is not None:
-            return PreparedWeight(weight, (height, width), *forms)
+        shared = None if torch.compiler.is_compiling() else _Shared()
+        split = inputs - outputs // 4
+        transformed = _transformed(weight, split, 4, (height, width), shared)
+        if transformed is not None:
+            return PreparedWeight(weight, (height, width), transformed, shared)
     return PreparedWeight(weight, (height, width))
 
 
@@ -470,16 +557,15 @@ def conv_lstm_step(
     batch, hidden, *spatial = h.shape
     check_floating("c", c)
     check_shape("c", c, h.shape, "that of h")
-    forms = None
+    transformed = shared = None
     if isinstance(weight, PreparedWeight):
         if weight.spatial != tuple(spatial):
             raise ValueError(
                 f"weight must be prepared for the spatial shape {spatial} of h, "
                 f"got one for {list(weight.spatial)}"
             )
-        if weight.transformed is not None and weight.transposed is not None:
-            forms = (weight.transformed, weight.transposed)
-        elif algorithm == "auto":
+        transformed, shared = weight.transformed, weight.shared
+        if transformed is None and algorithm == "auto":
             algorithm = "direct"
         weight = weight.weight
     _check_weight(weight)
@@ -503,15 +589,17 @@ def conv_lstm_step(
     )
     chosen = select("conv_lstm_step", operands["h"], backend)
     size = (spatial[0], spatial[1])
-    if forms is not None and algorithm == "auto":
+    if transformed is not None and algorithm == "auto":
         winograd = chosen == "cpu" and operands["weight"].dtype == torch.float32
     else:
         winograd = _choose("conv_lstm_step", chosen, algorithm, operands["weight"], size, batch)
     if winograd:
-        if forms is None:
-            forms = _transformed(operands["weight"], inputs, 4, size)
-        if forms is not None:
-            result = _if_memory_allows(lambda: _winograd_step(forms, forget_bias, **operands))
+        if transformed is None:
+            transformed = _transformed(operands["weight"], inputs, 4, size)
+        if transformed is not None:
+            result = _if_memory_allows(
+                lambda: _winograd_step(transformed, shared, forget_bias, **operands)
+            )
             if result is not None:
                 return result
     c = operands.pop("c")
@@ -520,7 +608,8 @@ def conv_lstm_step(
 
 
 def _winograd_step(
-    forms: tuple[Tensor, Tensor],
+    transformed: Tensor,
+    shared: _Shared | None,
     forget_bias: float,
     x: Tensor | None,
     h: Tensor,
@@ -529,9 +618,16 @@ def _winograd_step(
     bias: Tensor | None,
     x_projection: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    given = (x, h, c, weight, forms[0], bias, x_projection)
+    given = (x, h, c, weight, transformed, bias, x_projection)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    h, c_next, _ = _step(x, h, c, weight, *forms, bias, x_projection, float(forget_bias), keep)
+    inputs = (*given, float(forget_bias), keep)
+    if torch.compiler.is_compiling():
+        h, c_next, _ = _step(*inputs)
+    elif keep:
+        h, c_next, _ = _step_with_gradients(shared, *inputs)
+    else:
+        with below_autograd():
+            h, c_next, _ = _step(*inputs)
     return h, c_next
 
 
@@ -583,22 +679,22 @@ def conv2d(
     torch.Size([2, 4, 7, 9])
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
-    check_floating("x", x)
-    check_rank("x", x, (4,), "[B, Cin, H, W]")
-    _check_weight(weight)
-    shape = (weight.shape[0], x.shape[1], *weight.shape[2:])
-    check_shape("weight", weight, shape, "[Cout, Cin, kh, kw] of x")
-    if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, weight.shape[:1], "the output channels of weight")
-    operands = _alike({"x": x, "weight": weight, "bias": bias}, "x")
-    chosen = select("conv2d", operands["x"], backend)
-    x, weight, bias = operands.values()
+    if not _in_order(x, weight, bias):
+        check_floating("x", x)
+        check_rank("x", x, (4,), "[B, Cin, H, W]")
+        _check_weight(weight)
+        shape = (weight.shape[0], x.shape[1], *weight.shape[2:])
+        check_shape("weight", weight, shape, "[Cout, Cin, kh, kw] of x")
+        if bias is not None:
+            check_floating("bias", bias)
+            check_shape("bias", bias, weight.shape[:1], "the output channels of weight")
+        x, weight, bias = _alike({"x": x, "weight": weight, "bias": bias}, "x").values()
+    chosen = select("conv2d", x, backend)
     size = (x.shape[2], x.shape[3])
     if _choose("conv2d", chosen, algorithm, weight, size, x.shape[0]):
-        forms = _transformed(weight, weight.shape[1], 1, size)
-        if forms is not None:
-            result = _if_memory_allows(lambda: _conv2d(x, weight, *forms, bias))
+        transformed = _transformed(weight, weight.shape[1], 1, size)
+        if transformed is not None:
+            result = _if_memory_allows(lambda: _conv2d(x, weight, transformed, bias))
             if result is not None:
                 return result
     return reference.conv2d(x, weight, bias)

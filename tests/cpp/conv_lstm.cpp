@@ -322,14 +322,15 @@ struct Transformed {
   Transformed(const cpu::Kernels& kernels, const Problem& p, bool backward, Edge edge,
               Random* random)
       : weight(p.weight, edge),
-        transformed(points_of(p.g) * p.g.out_panels() * p.g.in_slots() * kPanel, edge),
-        transposed(backward ? points_of(p.g) * p.g.in_panels() * p.g.out_slots() * kPanel : 0,
-                   edge) {
-    const conv_lstm::Weight params{p.g, weight.data(), backward ? transposed.data() : nullptr,
-                                   transformed.data()};
+        transformed(points_of(p.g) * p.g.weight_step(), edge),
+        transposed(backward ? points_of(p.g) * p.g.transposed_step() : 0, edge) {
+    share_out(p.g.out.groups(), edge, random, [&](std::int64_t begin, std::int64_t end) {
+      kernels.winograd_weight({p.g, weight.data(), transformed.data()}, begin, end);
+    });
     share_out(
-        p.g.out.groups() + (backward ? p.g.in_groups() : 0), edge, random,
-        [&](std::int64_t begin, std::int64_t end) { kernels.winograd_weight(params, begin, end); });
+        backward ? p.g.in_groups() : 0, edge, random, [&](std::int64_t begin, std::int64_t end) {
+          kernels.winograd_weight_transposed({p.g, weight.data(), transposed.data()}, begin, end);
+        });
     expect(weight.values() == p.weight, "write to an input",
            [] { return std::string("the weight has changed"); });
   }
@@ -533,6 +534,8 @@ void run_backward(const cpu::Kernels& kernels, const Problem& p, const Transform
                                              count,
                                              inputs.planes(),
                                              grads.planes(),
+                                             (count + 1) / 2,
+                                             begin > 0,
                                              begin > 0,
                                              wanted & kWeight ? grad_transformed : nullptr,
                                              wanted & kBias ? grad_bias : nullptr};
@@ -566,7 +569,7 @@ void check_backward(const cpu::Level& level, const Shape& shape, Random* random)
                                 Layout(g, g.in[1].channels, false, random)};
       Output to_source[] = {Output(layouts[0], true, edge), Output(layouts[1], true, edge)};
       const Image images[] = {to_source[0].image(), to_source[1].image()};
-      const Floats to_transformed(points_of(g) * g.out_panels() * g.in_slots() * kPanel, edge);
+      const Floats to_transformed(points_of(g) * g.weight_step(), edge);
       const Floats to_weight(std::int64_t(p.weight.size()), edge);
       const Floats to_bias(std::int64_t(p.bias.size()), edge);
       run_backward(kernels, p, weight, grad, wanted, part, edge, random, images,
@@ -583,7 +586,7 @@ void check_backward(const cpu::Level& level, const Shape& shape, Random* random)
         p.expect_same(got, before[k], "gradient to a source");
       }
       if (wanted & kWeight) {
-        const conv_lstm::Weight params{g, to_weight.data(), nullptr, to_transformed.data()};
+        const conv_lstm::Weight params{g, to_weight.data(), to_transformed.data()};
         share_out(g.out.groups(), edge, random, [&](std::int64_t begin, std::int64_t end) {
           kernels.winograd_weight_backward(params, begin, end);
         });

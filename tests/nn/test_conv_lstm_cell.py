@@ -282,3 +282,17 @@ def test_forget_bias_equals_one_in_the_bias() -> None:
     wide = copy.deepcopy(twin).double()(x.double(), (h.double(), c.double()))
     for value, same, exact in zip(cell(x, (h, c)), twin(x, (h, c)), wide, strict=True):
         assert_within_budget(value, same, exact)
+
+
+def test_recomputing_changes_nothing() -> None:
+    lstm = randomised(ConvLSTM(16, 16, 5), seed=3)
+    x = torch.randn(4, 2, 16, 8, 8, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        outputs, (h, c) = lstm(x)
+        total = outputs.sin().sum() + h.sum() + c.sum()
+        return [outputs, h, c, *torch.autograd.grad(total, [x, *lstm.parameters()])]
+
+    wanted = results()
+    lstm.recompute = True
+    assert all(map(torch.equal, results(), wanted))
