@@ -227,6 +227,28 @@ def _coupling(scale_map: str, features: int = 64) -> ModuleCase:
     )
 
 
+def _flow(batch: int, features: int, context: int) -> ModuleCase:
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = gf.nn.ConditionalRealNVP(features, context)
+            for layer in self.flow.layers:
+                nn.init.normal_(layer.layers[-1].weight, std=0.02)
+                nn.init.normal_(layer.layers[-1].bias, std=0.02)
+
+        def forward(self, noise: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            return self.flow.sample_and_log_prob(context, noise=noise)
+
+    return ModuleCase(
+        "ConditionalRealNVP",
+        f"{batch}x{features}-context-{context}-8-couplings",
+        Flow,
+        lambda: (torch.randn(batch, features), torch.randn(batch, context)),
+        lambda module: coupling.PlainRealNVP(module.flow),
+        coupling.FLOW_RIVALS,
+    )
+
+
 def _cell(channels: int, size: int, batch: int = 32) -> ModuleCase:
     class Cell(nn.Module):
         def __init__(self) -> None:
@@ -320,6 +342,7 @@ def _conv_draw(name: str, image: tuple[int, int, int], batch: int, **options: An
 
 MODULES = [
     *(_coupling(scale_map) for scale_map in ("tanh", "exp", "sigmoid")),
+    _flow(256, 64, 256),
     _cell(64, 8),
     _cell(128, 8),
     _cell(64, 16),

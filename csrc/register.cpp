@@ -12,6 +12,8 @@
 STABLE_TORCH_LIBRARY_IMPL(geco_fast, CPU, m) {
   m.impl("affine_coupling", TORCH_BOX(&geco::affine_coupling_cpu));
   m.impl("affine_coupling_backward", TORCH_BOX(&geco::affine_coupling_backward_cpu));
+  m.impl("coupling_layer", TORCH_BOX(&geco::coupling_layer_cpu));
+  m.impl("coupling_layer_backward", TORCH_BOX(&geco::coupling_layer_backward_cpu));
   m.impl("coupling_mlp", TORCH_BOX(&geco::coupling_mlp_cpu));
   m.impl("coupling_mlp_backward", TORCH_BOX(&geco::coupling_mlp_backward_cpu));
   m.impl("coupling_mlp_with_hidden", TORCH_BOX(&geco::coupling_mlp_with_hidden_cpu));

@@ -7,8 +7,11 @@ run the reference on shape-only tensors, so an output's layout is PyTorch's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from geco_fast import reference
 from geco_fast._checks import FLOATING
@@ -58,6 +61,19 @@ LIBRARY.define(
 LIBRARY.define(
     "coupling_mlp_backward(Tensor x, Tensor[] weights, str activation, Tensor hidden, Tensor grad, "
     "bool[] wanted) -> Tensor[]"
+)
+# A coupling layer: y, log_det and, if they are to be kept, what backward takes of the hidden
+# layers, and log_scale with shift.
+LIBRARY.define(
+    "coupling_layer(Tensor x, Tensor? context, Tensor? context_weight, Tensor[] weights, "
+    "Tensor[] biases, str activation, bool keeps_second, bool inverse, str scale_map, float clamp, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+# Gradients to x, context, its weight, all weights, all biases.
+LIBRARY.define(
+    "coupling_layer_backward(Tensor x, Tensor? context, Tensor? context_weight, Tensor[] weights, "
+    "str activation, bool keeps_second, bool inverse, str scale_map, float clamp, Tensor hidden, "
+    "Tensor raw, Tensor? grad_y, Tensor? grad_log_det, bool[] wanted) -> Tensor[]"
 )
 LIBRARY.define(
     "equilibrium_map(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior) "
@@ -157,10 +173,50 @@ def _(
     biases: list[Tensor],
     activation: str,
 ) -> tuple[Tensor, Tensor]:
+    result = _coupling_mlp(x, context_projection, weights, biases, activation)
+    return result, _hidden(x, weights)
+
+
+def _hidden(x: Tensor, weights: list[Tensor]) -> Tensor:
     # Panels of 32 columns.
     width = sum((weight.shape[0] + 31) // 32 * 32 for weight in weights[:-1])
-    result = _coupling_mlp(x, context_projection, weights, biases, activation)
-    return result, x.new_empty(x.shape[0] * width)
+    return x.new_empty(x.shape[0] * width)
+
+
+@torch.library.register_fake("geco_fast::coupling_layer", lib=LIBRARY)
+def _(
+    x: Tensor,
+    context: Tensor | None,
+    context_weight: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+    keeps_second: bool,
+    inverse: bool,
+    scale_map: str,
+    clamp: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, log_det = x.new_empty(x.shape), x.new_empty(x.shape[0])
+    if not keep:
+        return y, log_det, x.new_empty(0), x.new_empty(0)
+    return y, log_det, _hidden(x, weights), x.new_empty(x.shape[0], weights[-1].shape[0])
+
+
+@torch.library.register_fake("geco_fast::coupling_layer_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    context: Tensor | None,
+    context_weight: Tensor | None,
+    weights: list[Tensor],
+    *options: Any,
+) -> list[Tensor]:
+    biases = [weight.new_empty(weight.shape[0]) for weight in weights]
+    inputs = (x.new_empty(x.shape), context, context_weight, *weights, *biases)
+    return [
+        x.new_empty(0) if like is None else _gradient(like, needed)
+        for like, needed in zip(inputs, options[-1], strict=True)
+    ]
 
 
 @torch.library.register_fake("geco_fast::coupling_mlp_backward", lib=LIBRARY)
@@ -475,7 +531,8 @@ def _(
     def image(source: Tensor | None, bit: int) -> Tensor:
         if source is None or not wanted & bit:
             return grad.new_empty(0)
-        return grad.new_empty(batch, height, width, source.shape[1]).permute(0, 3, 1, 2)
+        shape = (batch, source.shape[1], height, width)
+        return grad.new_empty(shape).contiguous(memory_format=suggest_memory_format(source))
 
     split, second = (0 if source is None else source.shape[1] for source in (x, h))
     values, _ = _winograd_values(split + second, split, outputs, blocks, kernel, height, width)

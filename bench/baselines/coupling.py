@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geco_fast.bench.baselines.nvp_vae import plain_coupling, standard_normal
 from geco_fast.bench.rivals import Rival
-from geco_fast.nn import AffineCoupling
+from geco_fast.nn import AffineCoupling, ConditionalRealNVP
 from geco_fast.reference.affine_coupling import SCALE_MAPS
 
 
@@ -53,6 +55,21 @@ class PlainAffineCoupling(nn.Module):
         log_scale = SCALE_MAPS[self.scale_map](raw, self.clamp)
         y = torch.cat([kept, changed * torch.exp(log_scale) + shift], dim=1)
         return y, log_scale.sum(1)
+
+
+class PlainRealNVP(nn.Module):
+    """The same flow in PyTorch's own operations: each layer projects the context itself."""
+
+    def __init__(self, flow: ConditionalRealNVP) -> None:
+        super().__init__()
+        self.flow = copy.deepcopy(flow)
+
+    def forward(self, noise: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_q = noise, standard_normal(noise)
+        for layer in self.flow.layers:
+            z, log_det = plain_coupling(layer, z, context)
+            log_q = log_q - log_det
+        return z, log_q
 
 
 class Adapted(nn.Module):
@@ -138,7 +155,89 @@ def _nflows(layer: AffineCoupling) -> nn.Module:
     return Adapted(AffineCouplingTransform(mask.int(), Net), lambda module, x: module(x))
 
 
+def joined_mlp(layer: AffineCoupling, order: Tensor | None = None) -> nn.Sequential:
+    """The conditioner over kept features and context side by side, as the libraries have it."""
+    chain = mlp(layer, order)
+    first = chain[0]
+    assert layer.context_projection is not None
+    weight = torch.cat([first.weight, layer.context_projection.weight], dim=1).detach()
+    wide = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        wide.weight.copy_(weight)
+        wide.bias.copy_(first.bias)
+    return nn.Sequential(wide, *chain[1:])
+
+
+class Stack(nn.Module):
+    """A flow of a library's layers, each `call`ed with x and context; they change the second half.
+
+    Our masks alternate, so the halves of the features change places around every other layer.
+    """
+
+    def __init__(
+        self,
+        flow: ConditionalRealNVP,
+        make: Callable[[AffineCoupling], nn.Module],
+        call: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make(layer) for layer in flow.layers)
+        self.masks = [layer.mask for layer in flow.layers]
+        self.call = call
+
+    def forward(self, noise: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_q = noise, standard_normal(noise)
+        half = z.shape[1] // 2
+        for layer, mask in zip(self.layers, self.masks, strict=True):
+            z = z if mask == "first" else z.roll(half, 1)
+            z, log_det = self.call(layer, z, context)
+            z = z if mask == "first" else z.roll(half, 1)
+            log_q = log_q - log_det
+        return z, log_q
+
+
+def _freia_flow(module: nn.Module) -> nn.Module:
+    from FrEIA.modules import AffineCouplingOneSided
+
+    def make(layer: AffineCoupling) -> nn.Module:
+        return AffineCouplingOneSided(
+            [(layer.features,)],
+            dims_c=[(layer.context_features,)],
+            subnet_constructor=lambda *_: joined_mlp(layer),
+            clamp=layer.clamp,
+            clamp_activation="TANH",
+        )
+
+    def call(layer: Any, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        (y,), log_det = layer([z], c=[context])
+        return y, log_det
+
+    return Stack(module.flow, make, call)
+
+
+def _nflows_flow(module: nn.Module) -> nn.Module:
+    from nflows.transforms.coupling import AffineCouplingTransform
+
+    def make(layer: AffineCoupling) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self, *_: Any) -> None:
+                super().__init__()
+                self.net = joined_mlp(layer, rows(layer, "ts"))
+
+            def forward(self, x: Tensor, context: Tensor) -> Tensor:
+                return self.net(torch.cat([x, context], dim=1))
+
+        mask = torch.arange(layer.features) >= layer.features // 2
+        return AffineCouplingTransform(mask.int(), Net)
+
+    return Stack(module.flow, make, lambda layer, z, context: layer(z, context))
+
+
 OTHER = math.inf
+FLOW_RIVALS = {
+    "FrEIA": Rival(_freia_flow, permuted=True),
+    "nflows": Rival(_nflows_flow, tolerance=OTHER, note="scale by a sigmoid instead of tanh"),
+}
 # By the scale map of ours that a library's is, or is nearest to.
 RIVALS: dict[str, dict[str, Rival]] = {
     "tanh": {

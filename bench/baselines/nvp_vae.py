@@ -22,9 +22,9 @@ class PlainNVPVAE(NVPVAE):
             noise = self.noise(x.shape[0])
         features = self.encoder(x if context is None else torch.cat([x, context], dim=1))
         z = noise
-        log_q = _standard_normal(noise)
+        log_q = standard_normal(noise)
         for layer in self.flow.layers:
-            z, log_det = _coupling(layer, z, features)
+            z, log_det = plain_coupling(layer, z, features)
             log_q = log_q - log_det
         decoded = z
         if self.context_encoder is not None:
@@ -37,10 +37,11 @@ class PlainNVPVAE(NVPVAE):
         constant = self.log_sigma + 0.5 * math.log(2 * math.pi)
         log_likelihood = -0.5 * squared_error * torch.exp(-2 * self.log_sigma)
         log_likelihood = log_likelihood - x[0].numel() * constant
-        return VAEOutput(mean, log_q - _standard_normal(z), log_likelihood)
+        return VAEOutput(mean, log_q - standard_normal(z), log_likelihood)
 
 
-def _standard_normal(x: Tensor) -> Tensor:
+def standard_normal(x: Tensor) -> Tensor:
+    """Log density of ``[B, features]`` under a standard normal."""
     return -0.5 * (x.square().sum(1) + x.shape[1] * math.log(2 * math.pi))
 
 
@@ -48,7 +49,8 @@ def _conv(layer: Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
 
 
-def _coupling(layer: AffineCoupling, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+def plain_coupling(layer: AffineCoupling, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """A conditional coupling layer with the scale map "tanh", and its log determinant."""
     kept, changed = x[:, : layer.features // 2], x[:, layer.features // 2 :]
     if layer.mask == "second":
         kept, changed = changed, kept

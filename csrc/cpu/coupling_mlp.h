@@ -8,6 +8,7 @@
 // forward's copy is transposed.
 #pragma once
 
+#include "cpu/affine_coupling.h"
 #include "cpu/panels.h"
 #include "include/coupling_mlp.h"
 
@@ -112,12 +113,43 @@ struct BlockOfRows {
   }
 };
 
+// A panel of what comes into a layer: columns of y, or of the context.
+struct Part {
+  bool context;
+  std::int64_t first;
+  int columns;
+
+  Part(const mlp::Layer& layer, std::int64_t panel) {
+    const std::int64_t own = mlp::panels(layer.own);
+    context = panel >= own;
+    if (context) panel -= own;
+    first = panel * kPanel;
+    columns = columns_of(panel, context ? layer.in - own * kPanel : layer.own);
+  }
+};
+
+// What comes into the first layer.
+template <class T>
+void pack_inputs(const mlp::Chain& p, const BlockOfRows& at, T* to) {
+  const mlp::Layer& layer = p.layers[0];
+  const std::int64_t own = mlp::padded(layer.own);
+  pack(p.x, at.first, at.rows, layer.own, to);
+  if (layer.in > own) pack(p.context, at.first, at.rows, layer.in - own, to + at.rows * own);
+}
+
 template <class T>
 void coupling_mlp_pack_transposed(const mlp::Layer& layer, std::int64_t panel) {
   const Matrix& w = layer.weight;
   const int columns = columns_of(panel, layer.out);
   T* to = static_cast<T*>(layer.packed) + panel * (layer.in + 1) * kPanel;
-  pack_panel(place_of<T>(w, panel * kPanel, 0), w.column, w.row, layer.in, columns, to);
+  pack_panel(place_of<T>(w, panel * kPanel, 0), w.column, w.row, layer.own, columns, to);
+  const std::int64_t own = mlp::padded(layer.own);
+  if (layer.in > own) {
+    const Matrix& c = layer.context_weight;
+    fill(to + layer.own * kPanel, (own - layer.own) * kPanel, T(0));
+    pack_panel(place_of<T>(c, panel * kPanel, 0), c.column, c.row, layer.in - own, columns,
+               to + own * kPanel);
+  }
   to += layer.in * kPanel;
   if (layer.bias.data == nullptr)
     fill(to, kPanel, T(0));
@@ -149,6 +181,58 @@ void finish_panel(Activation, T* product, const T* bias, const T* projection, T*
   }
 }
 
+// The affine map of a block's rows, and the other features as they are.
+template <class T>
+void affine_rows(const mlp::Forward& p, const BlockOfRows& at) {
+  const mlp::AffineForward& affine = p.affine;
+  visit_map(affine.map, affine.inverse, [&]<ScaleMap kMap, bool kInverse>() {
+    for (std::int64_t r = at.first; r < at.first + at.rows; ++r) {
+      unpack_row(place_of<T>(p.x, r, 0), p.layers[0].own, place_of<T>(affine.kept, r, 0));
+      T* const raw = place_of<T>(p.result, r, 0);
+      CompensatedSum sum;
+      for (std::int64_t j = 0; j < affine.count; j += kSpan<T>) {
+        T* const operands[] = {place_of<T>(affine.x, r, j), raw + j, raw + affine.count + j,
+                               place_of<T>(affine.y, r, j)};
+        sum.add(affine_coupling_span<T, kMap, kInverse>(
+            operands, smaller(kSpan<T>, affine.count - j), affine.clamp));
+      }
+      static_cast<T*>(affine.log_det)[r] = T(kInverse ? -sum.value() : sum.value());
+    }
+  });
+}
+
+// Gradients to x and, at `raw`, to log_scale and shift.
+template <class T>
+void affine_rows_backward(const mlp::AffineBackward& affine, const BlockOfRows& at, T* raw) {
+  const std::int64_t count = affine.count;
+  visit_map(affine.map, affine.inverse, [&]<ScaleMap kMap, bool kInverse>() {
+    for (std::int64_t r = at.first; r < at.first + at.rows; ++r, raw += 2 * count) {
+      T* const given = place_of<T>(affine.raw, r, 0);
+      const bool has_grad = affine.grad_y.data != nullptr;
+      const T* const grad_y = has_grad ? place_of<T>(affine.grad_y, r, 0) : nullptr;
+      for (std::int64_t j = 0; j < count; j += kSpan<T>) {
+        T* const operands[] = {
+            place_of<T>(affine.x, r, j),
+            given + j,
+            given + count + j,
+            has_grad ? place_of<T>(affine.grad_y, r, j) : nullptr,
+            affine.grad_x.data != nullptr ? place_of<T>(affine.grad_x, r, j) : nullptr,
+            raw + j,
+            kInverse ? raw + count + j : nullptr};
+        affine_coupling_backward_span<T, kMap, kInverse, T>(operands, smaller(kSpan<T>, count - j),
+                                                            affine.clamp,
+                                                            row_scalar<T>(affine.grad_log_det, r));
+      }
+      if (!has_grad) {
+        fill(raw + count, count, T(0));
+        if (affine.grad_x.data != nullptr) fill(place_of<T>(affine.grad_x, r, 0), count, T(0));
+      } else if (!kInverse) {
+        unpack_row(grad_y, count, raw + count);
+      }
+    }
+  });
+}
+
 template <class T>
 void coupling_mlp_forward_block(const mlp::Forward& p, std::int64_t block, T* scratch) {
   const BlockOfRows at(p.batch, block);
@@ -156,7 +240,7 @@ void coupling_mlp_forward_block(const mlp::Forward& p, std::int64_t block, T* sc
   T* const spare = scratch;
   T* const inputs[] = {spare + mlp::Batch::kMostRows * kPanel,
                        spare + mlp::Batch::kMostRows * (kPanel + p.widest())};
-  pack(p.x, at.first, at.rows, p.layers[0].in, inputs[0]);
+  pack_inputs(p, at, inputs[0]);
   const T* from = inputs[0];
   for (std::int64_t l = 0; l < p.count; ++l) {
     const mlp::Layer& layer = p.layers[l];
@@ -196,6 +280,7 @@ void coupling_mlp_forward_block(const mlp::Forward& p, std::int64_t block, T* sc
       weight += kPanel;
     }
   }
+  if (p.affine.count > 0) affine_rows<T>(p, at);
 }
 
 void coupling_mlp_forward(const mlp::Forward& params, std::int64_t begin, std::int64_t end,
@@ -212,9 +297,9 @@ void coupling_mlp_backward_pack(const mlp::Backward& params, std::int64_t begin,
         params, begin, end,
         [](const mlp::Layer& layer) { return layer.packed ? mlp::panels(layer.in) : 0; },
         [](const mlp::Layer& layer, std::int64_t panel) {
-          const Matrix& w = layer.weight;
-          pack_panel(place_of<T>(w, 0, panel * kPanel), w.row, w.column, layer.out,
-                     columns_of(panel, layer.in),
+          const Part part(layer, panel);
+          const Matrix& w = part.context ? layer.context_weight : layer.weight;
+          pack_panel(place_of<T>(w, 0, part.first), w.row, w.column, layer.out, part.columns,
                      static_cast<T*>(layer.packed) + panel * layer.out * kPanel);
         });
   });
@@ -229,23 +314,33 @@ void coupling_mlp_backward_block(const mlp::Backward& p, Activation, std::int64_
     const T* const grad = at.panels<T>(layer.grad, layer.out);
     const T* const weight = static_cast<const T*>(layer.packed) + panel * layer.out * kPanel;
     gemm<T, Left::kRows, false>(grad, panel_size, weight, to, at.rows, layer.out,
-                                columns_of(panel, layer.in), {grad, weight + layer.out * kPanel});
+                                Part(layer, panel).columns, {grad, weight + layer.out * kPanel});
   };
-  pack(p.grad, at.first, at.rows, p.last().out, at.panels<T>(p.last().grad, p.last().out));
+  T* const last = at.panels<T>(p.last().grad, p.last().out);
+  if (p.affine.count > 0) {
+    affine_rows_backward(p.affine, at, scratch);
+    pack({scratch, p.last().out, 1}, 0, at.rows, p.last().out, last);
+  } else {
+    pack(p.grad, at.first, at.rows, p.last().out, last);
+  }
   for (std::int64_t l = p.count - 1; l >= p.lowest; --l) {
     const mlp::Layer& layer = p.layers[l];
     if (l == 0) {
-      if (layer.input != nullptr)
-        pack(p.x, at.first, at.rows, layer.in, at.panels<T>(layer.input, layer.in));
+      if (layer.input != nullptr) pack_inputs(p, at, at.panels<T>(layer.input, layer.in));
       if (p.grad_projection.data != nullptr)
         unpack(at.panels<T>(layer.grad, layer.out), at.first, at.rows, layer.out,
                p.grad_projection);
-      for (std::int64_t panel = 0; p.grad_x.data != nullptr && panel < mlp::panels(layer.in);
-           ++panel) {
+      for (std::int64_t panel = 0; panel < mlp::panels(layer.in); ++panel) {
+        const Part part(layer, panel);
+        const Matrix& to = part.context ? p.grad_context : p.grad_x;
+        if (to.data == nullptr) continue;
         through(layer, panel, scratch);
-        unpack_panel(scratch, at.rows, columns_of(panel, layer.in),
-                     place_of<T>(p.grad_x, at.first, panel * kPanel), p.grad_x.row,
-                     p.grad_x.column);
+        const Matrix& more = p.affine.grad_kept;
+        if (!part.context && more.data != nullptr)
+          add_panel(place_of<T>(more, at.first, part.first), more.row, at.rows, part.columns,
+                    scratch);
+        unpack_panel(scratch, at.rows, part.columns, place_of<T>(to, at.first, part.first), to.row,
+                     to.column);
       }
       continue;
     }
@@ -295,15 +390,17 @@ void coupling_mlp_tiles(const mlp::Backward& p, const mlp::Layer& layer, std::in
       const T* const left = grad + out * at.rows * kPanel;
       const T* const right = input + in * at.rows * kPanel;
       gemm<T, Left::kColumns, true>(left, 0, right, sums + k * p.kTile, columns_of(out, layer.out),
-                                    at.rows, columns_of(in, layer.in),
+                                    at.rows, Part(layer, in).columns,
                                     {left, right + at.rows * kPanel});
     }
   }
   for (std::int64_t k = 0; k < count; ++k) {
-    const std::int64_t out = (first + k) / across, in = (first + k) % across;
-    unpack_panel(sums + k * p.kTile, columns_of(out, layer.out), columns_of(in, layer.in),
-                 place_of<T>(layer.grad_weight, out * kPanel, in * kPanel), layer.grad_weight.row,
-                 layer.grad_weight.column);
+    const std::int64_t out = (first + k) / across;
+    const Part part(layer, (first + k) % across);
+    const Matrix& to = part.context ? layer.grad_context_weight : layer.grad_weight;
+    if (to.data == nullptr) continue;
+    unpack_panel(sums + k * p.kTile, columns_of(out, layer.out), part.columns,
+                 place_of<T>(to, out * kPanel, part.first), to.row, to.column);
   }
 }
 

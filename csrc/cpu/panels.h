@@ -79,6 +79,25 @@ void unpack_panel(const T* from, std::int64_t rows, int columns, T* to, std::int
   }
 }
 
+// to[j] = from[j], j < count.
+template <class T>
+inline void unpack_row(const T* from, std::int64_t count, T* to) {
+  std::int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>) store(to + j, load(from + j));
+  if (j < count) store(to + j, load(from + j, int(count - j)), int(count - j));
+}
+
+// panel[r][j] += from[r row + j], r < rows, j < columns.
+template <class T>
+void add_panel(const T* from, std::int64_t row, std::int64_t rows, int columns, T* panel) {
+  for (std::int64_t r = 0; r < rows; ++r, from += row, panel += kPanel)
+    for (int j = 0; j < columns; j += kLanes<T>) {
+      const int left = columns - j;
+      store(panel + j,
+            load(panel + j) + (left >= kLanes<T> ? load(from + j) : load(from + j, left)));
+    }
+}
+
 // How many columns of a matrix lie in a panel.
 inline int columns_of(std::int64_t panel, std::int64_t width) {
   return int(smaller<std::int64_t>(kPanel, width - panel * kPanel));

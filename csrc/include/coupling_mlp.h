@@ -6,12 +6,18 @@
 //   grad_W_l = D_l^T y_l-1   grad_b_l = sum of D_l over the batch
 //   grad_x = D_1 W_1         grad_context_projection = D_1
 //
+// In a coupling layer the first layer sees a context, too, u_1 = W_1 y_0 + W_c context + b_1: both
+// lie side by side, y_0 padded to whole panels. And the result holds log_scale and shift of another
+// part of the features, which are changed by the map of include/affine_coupling.h as soon as a
+// row's are known.
+//
 // The batch is cut into blocks of rows. A layer's values lie in panels of 32 columns, the panels of
 // one block after those of another: [blocks][width / 32][rows][32].
 #pragma once
 
 #include <cstdint>
 
+#include "include/affine_coupling.h"
 #include "include/numeric.h"
 #include "include/strided.h"
 
@@ -54,9 +60,11 @@ struct Batch {
 };
 
 struct Layer {
-  std::int64_t in, out;
-  Matrix weight;  // [out, in]
-  Matrix bias;    // [1, out], or null
+  // Columns of what comes in, and of them those that aren't context, with which they end.
+  std::int64_t in, own, out;
+  Matrix weight;          // [out, own]
+  Matrix context_weight;  // [out, in - padded(own)]
+  Matrix bias;            // [1, out], or null
   // For forward [out / 32][in + 1][32], the weight transposed and the bias; for backward
   // [in / 32][out][32], null where no D before this layer is wanted.
   void* packed;
@@ -65,7 +73,7 @@ struct Layer {
   // For backward, in blocks: what comes into the layer, null where it has no use, and D.
   void* input;
   void* grad;
-  Matrix grad_weight, grad_bias;  // null where they aren't wanted
+  Matrix grad_weight, grad_context_weight, grad_bias;  // null where they aren't wanted
 };
 
 struct Chain {
@@ -74,9 +82,31 @@ struct Chain {
   std::int64_t count;
   const Layer* layers;
   Batch batch;
-  Matrix x;  // [B, in of the first layer]
+  Matrix x;        // [B, own of the first layer]
+  Matrix context;  // [B, what else comes into it]
 
   __attribute__((always_inline)) const Layer& last() const { return layers[count - 1]; }
+};
+
+// The affine map of a coupling layer. Rows of all matrices are dense.
+struct Affine {
+  affine_coupling::ScaleMap map;
+  bool inverse;
+  double clamp;
+  std::int64_t count;  // of changed features; 0 where there is no map
+  Matrix x;            // [B, count]
+};
+struct AffineForward : Affine {
+  Matrix kept;  // the other features of y, a copy of what comes into the first layer
+  Matrix y;     // [B, count]
+  void* log_det;
+};
+// Null where it is absent or isn't wanted. The gradient of the kept features of y is added to what
+// comes back through the layers.
+struct AffineBackward : Affine {
+  Matrix raw;  // log_scale and shift, [B, 2 count]
+  Matrix grad_kept, grad_y, grad_x;
+  RowScalars grad_log_det;
 };
 
 // Packing has a task for each panel of all layers' outputs, and the rest one for each block of
@@ -84,6 +114,7 @@ struct Chain {
 struct Forward : Chain {
   Matrix projection;  // [B, out of the first layer], or null
   Matrix result;
+  AffineForward affine;
 
   __attribute__((always_inline)) std::int64_t widest() const {
     std::int64_t widest = kPanel;
@@ -104,14 +135,19 @@ struct Backward : Chain {
   static constexpr std::int64_t kTile = kPanel * kPanel;
   static constexpr std::int64_t kTilesAtOnce = 32;
   std::int64_t lowest;
-  Matrix grad, grad_x, grad_projection;  // null where they aren't wanted
+  Matrix grad, grad_x, grad_context, grad_projection;  // null where they aren't wanted
+  AffineBackward affine;                               // its gradient stands for `grad`
 
   __attribute__((always_inline)) std::int64_t tiles(const Layer& layer) const {
-    return layer.grad_weight.data == nullptr ? 0 : panels(layer.out) * panels(layer.in);
+    const bool wanted =
+        layer.grad_weight.data != nullptr || layer.grad_context_weight.data != nullptr;
+    return wanted ? panels(layer.out) * panels(layer.in) : 0;
   }
-  // Elements of a thread's scratch memory for the weights' gradients; for D it takes no more.
-  __attribute__((always_inline)) static constexpr std::int64_t scratch() {
-    return kTilesAtOnce * kTile;
+  // Elements of a thread's scratch memory: tiles of the weights' gradients, or for D a panel, and
+  // before that the gradient to log_scale and shift.
+  __attribute__((always_inline)) std::int64_t scratch() const {
+    const std::int64_t raw = Batch::kMostRows * 2 * affine.count;
+    return raw > kTilesAtOnce * kTile ? raw : kTilesAtOnce * kTile;
   }
 };
 

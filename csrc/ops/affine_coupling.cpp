@@ -20,15 +20,15 @@ void check(const Tensor& x, std::initializer_list<const Tensor*> others) {
   }
 }
 
-ScaleMap parse(const std::string& scale_map) {
-  if (scale_map == "exp") return ScaleMap::kExp;
-  if (scale_map == "tanh") return ScaleMap::kTanh;
-  if (scale_map == "atan") return ScaleMap::kAtan;
-  STD_TORCH_CHECK(scale_map == "sigmoid", "affine_coupling: unknown scale_map ", scale_map);
+}  // namespace
+
+ScaleMap scale_map_of(const std::string& name) {
+  if (name == "exp") return ScaleMap::kExp;
+  if (name == "tanh") return ScaleMap::kTanh;
+  if (name == "atan") return ScaleMap::kAtan;
+  STD_TORCH_CHECK(name == "sigmoid", "affine_coupling: unknown scale_map ", name);
   return ScaleMap::kSigmoid;
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& log_scale,
                                                const Tensor& shift, bool inverse,
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& lo
   // The reference's layouts: exp(s) is dense in the order of log_scale, but contiguous where it
   // comes from PyTorch's logsigmoid; then come a product and a sum, or for the inverse a difference
   // and a product.
-  const ScaleMap map = parse(scale_map);
+  const ScaleMap map = scale_map_of(scale_map);
   const Strides scale =
       map == ScaleMap::kSigmoid ? pointwise_strides(x, {}) : pointwise_strides(x, {&conditioner});
   const Strides inner = pointwise_strides(x, {&value, inverse ? &offset : &scale});
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward_cpu(
                                 wanted(grad_log_scale, needs_log_scale),
                                 wanted(grad_shift, needs_shift)};
     Backward params{.dtype = dtype_of(x),
-                    .map = parse(scale_map),
+                    .map = scale_map_of(scale_map),
                     .inverse = inverse,
                     .clamp = clamp,
                     .grad_log_det = row_scalars(grad_log_det, x)};

@@ -4,9 +4,13 @@
 #include <string>
 #include <tuple>
 
+#include "include/affine_coupling.h"
 #include "torch_compat.h"
 
 namespace geco {
+
+// The map of that name.
+affine_coupling::ScaleMap scale_map_of(const std::string& name);
 
 std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& log_scale,
                                                const Tensor& shift, bool inverse,

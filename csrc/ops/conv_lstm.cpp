@@ -453,6 +453,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
         torch::stable::copy_(grad_source[k],
                              torch::stable::narrow(direct, 1, first, sources[k]->size(1)));
   }
+  // PyTorch's own convolution gives a gradient the layout of its image.
+  for (int k = 0; k < 2; ++k) {
+    const std::optional<Tensor>& given = k == 0 ? x : h;
+    if (to_inputs.grad_image[k].data != nullptr)
+      grad_source[k] = laid_out(grad_source[k], is_channels_last(*given));
+  }
   return {grad_source[0], grad_source[1], grad_weight, grad_bias};
 }
 

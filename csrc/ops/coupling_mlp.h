@@ -24,4 +24,21 @@ std::vector<Tensor> coupling_mlp_backward_cpu(const Tensor& x, const std::vector
                                               std::string activation, const Tensor& hidden,
                                               const Tensor& grad, const std::vector<bool>& wanted);
 
+// A whole coupling layer, whose two parts are the features before and from the middle on: y,
+// log_det and, if they are to be kept, what backward takes of the hidden layers, and log_scale with
+// shift.
+std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_cpu(
+    const Tensor& x, const std::optional<Tensor>& context,
+    const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& biases, std::string activation, bool keeps_second, bool inverse,
+    std::string scale_map, double clamp, bool keep);
+
+// Gradients to x, context, its weight, all weights, all biases; those not wanted are empty.
+std::vector<Tensor> coupling_layer_backward_cpu(
+    const Tensor& x, const std::optional<Tensor>& context,
+    const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
+    std::string activation, bool keeps_second, bool inverse, std::string scale_map, double clamp,
+    const Tensor& hidden, const Tensor& raw, const std::optional<Tensor>& grad_y,
+    const std::optional<Tensor>& grad_log_det, const std::vector<bool>& wanted);
+
 }  // namespace geco

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from geco_fast import ops
 from geco_fast._checks import check_choice, check_positive
 from geco_fast.nn._arguments import check_batch, check_count
+from geco_fast.ops._coupling_layer import Coupling, coupling_layer, join, project, split
 from geco_fast.reference.affine_coupling import SCALE_MAPS
 from geco_fast.reference.coupling_mlp import ACTIVATIONS
 
@@ -164,35 +164,25 @@ class AffineCoupling(nn.Module):
         self, x: Tensor, context: Tensor | None, conditioner: Conditioner, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         """`forward` or `inverse` with these parameters, unchecked."""
-        kept, changed = self.split(x)
-        changed, log_det = ops.affine_coupling(
-            changed,
-            *self.scale_and_shift(kept, context, conditioner),
-            inverse=inverse,
-            scale_map=self.scale_map,
-            clamp=self.clamp,
-        )
-        return self.join(kept, changed), log_det
+        weights, biases, context_weight = conditioner
+        keeps_second = self.mask == "second"
+        coupling = Coupling(self.activation, keeps_second, inverse, self.scale_map, self.clamp)
+        return coupling_layer(x, context, context_weight, weights, biases, coupling)
 
     def scale_and_shift(
         self, kept: Tensor, context: Tensor | None, conditioner: Conditioner
     ) -> tuple[Tensor, ...]:
         """`log_scale` and `shift` of the changed part, given the kept one."""
         weights, biases, context_weight = conditioner
-        projection = None
-        if context is not None and context_weight is not None:
-            projection = nn.functional.linear(context, context_weight)
+        projection = project(context, context_weight)
         return ops.coupling_mlp(
             kept, projection, weights, biases, activation=self.activation
         ).chunk(2, dim=1)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the changed part."""
-        first = self.features // 2
-        parts = x[:, :first], x[:, first:]
-        return parts if self.mask == "first" else parts[::-1]
+        return split(x, self.mask == "second")
 
     def join(self, kept: Tensor, changed: Tensor) -> Tensor:
         """The inverse of `split`."""
-        parts = (kept, changed) if self.mask == "first" else (changed, kept)
-        return torch.cat(parts, dim=1)
+        return join(kept, changed, self.mask == "second")

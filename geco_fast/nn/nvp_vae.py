@@ -97,6 +97,8 @@ class NVPVAE(ImageVAE):
             nn.ELU(),
             Conv2d(hidden_channels, channels, 3, padding=1),
         )
+        # Their results take the weights' layout, in which the CPU's convolutions work.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _noise_shape(self, n: int) -> tuple[int, ...]:
         return (n, self.latent_features)

@@ -141,9 +141,10 @@ struct Problem {
     for (std::int64_t l = 0; l < count; ++l) {
       weights.push_back(input(width(l + 1), width(l)));
       biases.push_back(input(1, width(l + 1)));
-      layers.push_back({.in = width(l), .out = width(l + 1), .weight = matrix(weights.back())});
+      layers.push_back(
+          {.in = width(l), .own = width(l), .out = width(l + 1), .weight = matrix(weights.back())});
     }
-    *chain = {dtype, activation, count, layers.data(), batch, matrix(x)};
+    *chain = {dtype, activation, count, layers.data(), batch, matrix(x), {}};
   }
 
   // In two parts, the second first.
