@@ -6,16 +6,17 @@
 
 namespace geco::layout {
 
-// to[c][r] = from[r][c] of each image. One task is a block of columns of one image.
+// to[c][r] = from[r][c] of each image. One task is a block of one image's longer side.
 struct Transpose {
-  static constexpr std::int64_t kColumns = 64;
+  static constexpr std::int64_t kBlock = 256;
   const float* from;
   float* to;
   std::int64_t batch, rows, columns;
   std::int64_t from_step, to_step;  // from one image to the next
 
   __attribute__((always_inline)) std::int64_t blocks() const {
-    return (columns + kColumns - 1) / kColumns;
+    const std::int64_t longer = rows > columns ? rows : columns;
+    return (longer + kBlock - 1) / kBlock;
   }
   __attribute__((always_inline)) std::int64_t tasks() const { return batch * blocks(); }
 };

@@ -87,7 +87,7 @@ void transpose_images(const Tensor& from, std::int64_t rows, std::int64_t column
                                  to.stride(0)};
   const auto kernel = cpu::active().kernels->transpose_images;
   torch::stable::parallel_for(
-      0, params.tasks(), grain_of(rows * params.kColumns),
+      0, params.tasks(), grain_of(std::min(rows, columns) * params.kBlock),
       [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
 }
 

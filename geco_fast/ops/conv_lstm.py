@@ -300,11 +300,12 @@ def _pays(
     Both are estimated in products of the direct one; docs/ops/conv_lstm.md tells where the factors
     come from.
     """
-    if inputs < 12:
+    wide_inputs, wide_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
+    pixels = batch * spatial[0] * spatial[1]
+    if inputs < 8 or (inputs < 12 and pixels * wide_outputs > 100_000):
         return False
     tiles, points = winograd_form(kernel, *spatial)
-    tiles, pixels = batch * tiles, batch * spatial[0] * spatial[1]
-    wide_inputs, wide_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
+    tiles *= batch
     direct = pixels * (kernel**2 * inputs * wide_outputs + 40 * (inputs + outputs))
     products = 1.25 * tiles * points * wide_inputs * wide_outputs
     values = 6 * tiles * points * (wide_inputs + wide_outputs)

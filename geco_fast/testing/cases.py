@@ -766,7 +766,7 @@ CONV_LSTM_STEP = [
         adapt=_without_x,
         tags=SMALL,
     ),
-    Case("conv_lstm_step", "kernel-5", _conv_lstm(3, 3, 8, (7, 6), (5, 5)), scale=0.3),
+    Case("conv_lstm_step", "kernel-5", _conv_lstm(3, 2, 5, (7, 6), (5, 5)), scale=0.3),
     Case("conv_lstm_step", "one", _conv_lstm(1, 1, 1, (1, 1), (5, 5))),
     Case("conv_lstm_step", "no-batch", _conv_lstm(0, 2, 3, (4, 4), (3, 3))),
     Case("conv_lstm_step", "no-inputs", _conv_lstm(2, 0, 3, (4, 4), (3, 3))),
