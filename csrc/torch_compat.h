@@ -14,9 +14,34 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 
 #include "include/numeric.h"
 #include "include/strided.h"
+
+namespace geco {
+
+// A string that an operator takes. On torch's own way to a std::string, as of 2.13, each call
+// allocates one that nobody frees.
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace geco
+
+template <>
+struct torch::stable::detail::ToImpl<geco::Text> {
+  static geco::Text call(StableIValue value, std::uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    std::size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    const geco::Text text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
 
 namespace geco {
 

@@ -22,7 +22,7 @@ void check(const Tensor& x, std::initializer_list<const Tensor*> others) {
 
 }  // namespace
 
-ScaleMap scale_map_of(const std::string& name) {
+ScaleMap scale_map_of(const Text& name) {
   if (name == "exp") return ScaleMap::kExp;
   if (name == "tanh") return ScaleMap::kTanh;
   if (name == "atan") return ScaleMap::kAtan;
@@ -31,8 +31,8 @@ ScaleMap scale_map_of(const std::string& name) {
 }
 
 std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& log_scale,
-                                               const Tensor& shift, bool inverse,
-                                               std::string scale_map, double clamp) {
+                                               const Tensor& shift, bool inverse, Text scale_map,
+                                               double clamp) {
   check(x, {&log_scale, &shift});
   const Strides value = wide_strides_of(x), offset = wide_strides_of(shift);
   const Strides conditioner = wide_strides_of(log_scale);
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& lo
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward_cpu(
     const Tensor& x, const Tensor& log_scale, const std::optional<Tensor>& shift, bool inverse,
-    std::string scale_map, double clamp, const std::optional<Tensor>& grad_y,
+    Text scale_map, double clamp, const std::optional<Tensor>& grad_y,
     const std::optional<Tensor>& grad_log_det, bool needs_x, bool needs_log_scale,
     bool needs_shift) {
   check(x, {&log_scale});

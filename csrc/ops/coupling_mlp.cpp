@@ -22,7 +22,7 @@ using coupling_mlp::Layer;
 using coupling_mlp::padded;
 using coupling_mlp::panels;
 
-Activation parse(const std::string& activation) {
+Activation parse(const Text& activation) {
   if (activation == "relu") return Activation::kRelu;
   if (activation == "leaky_relu") return Activation::kLeakyRelu;
   if (activation == "tanh") return Activation::kTanh;
@@ -81,7 +81,7 @@ void give_hidden(const Tensor& hidden, std::int64_t batch, std::vector<Layer>* l
   }
 }
 
-void describe(const Tensor& x, const std::string& activation, const std::vector<Layer>& layers,
+void describe(const Tensor& x, const Text& activation, const std::vector<Layer>& layers,
               Chain* chain) {
   chain->dtype = dtype_of(x);
   chain->activation = parse(activation);
@@ -141,7 +141,7 @@ constexpr std::int64_t kPacking = 16;
 // What backward takes goes to `hidden`, if that is given; the map is applied, if one is given.
 Tensor forward(const Tensor& x, const std::optional<Tensor>& projection,
                const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-               const std::string& activation, Tensor* hidden, const Context& context = {},
+               const Text& activation, Tensor* hidden, const Context& context = {},
                const AffineForward& affine = {}) {
   const std::int64_t batch = x.size(0);
   std::vector<Layer> layers = layers_of(x, weights, context);
@@ -190,13 +190,13 @@ Tensor forward(const Tensor& x, const std::optional<Tensor>& projection,
 
 Tensor coupling_mlp_cpu(const Tensor& x, const std::optional<Tensor>& context_projection,
                         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                        std::string activation) {
+                        Text activation) {
   return forward(x, context_projection, weights, biases, activation, nullptr);
 }
 
 std::tuple<Tensor, Tensor> coupling_mlp_with_hidden_cpu(
     const Tensor& x, const std::optional<Tensor>& context_projection,
-    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, std::string activation) {
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Text activation) {
   Tensor hidden;
   const Tensor result = forward(x, context_projection, weights, biases, activation, &hidden);
   return {result, hidden};
@@ -213,9 +213,8 @@ struct OfLayer {
 
 // The gradients as they are wanted; in a coupling layer `grad` is none.
 std::vector<Tensor> backward(const Tensor& x, const std::vector<Tensor>& weights,
-                             const std::string& activation, const Tensor& hidden,
-                             const Matrix& grad, const std::vector<bool>& wanted,
-                             const OfLayer& own) {
+                             const Text& activation, const Tensor& hidden, const Matrix& grad,
+                             const std::vector<bool>& wanted, const OfLayer& own) {
   const std::int64_t batch = x.size(0), count = std::int64_t(weights.size());
   const AffineBackward& affine = own.affine;
   std::vector<Layer> layers = layers_of(x, weights, own.context);
@@ -315,7 +314,7 @@ Tensor with_dense_rows(const Tensor& tensor) {
 }  // namespace
 
 std::vector<Tensor> coupling_mlp_backward_cpu(const Tensor& x, const std::vector<Tensor>& weights,
-                                              std::string activation, const Tensor& hidden,
+                                              Text activation, const Tensor& hidden,
                                               const Tensor& grad, const std::vector<bool>& wanted) {
   STD_TORCH_CHECK(!weights.empty() && is_matrix(grad, x.size(0), weights.back().size(0), x),
                   "coupling_mlp: the gradient must have the shape and dtype of the result");
@@ -325,8 +324,8 @@ std::vector<Tensor> coupling_mlp_backward_cpu(const Tensor& x, const std::vector
 std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_cpu(
     const Tensor& x, const std::optional<Tensor>& context,
     const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& biases, std::string activation, bool keeps_second, bool inverse,
-    std::string scale_map, double clamp, bool keep) {
+    const std::vector<Tensor>& biases, Text activation, bool keeps_second, bool inverse,
+    Text scale_map, double clamp, bool keep) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 2, "coupling_layer: x must be [B, features]");
   const Split split(x, keeps_second);
   Tensor given = with_dense_rows(x);
@@ -352,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_cpu(
 std::vector<Tensor> coupling_layer_backward_cpu(
     const Tensor& x, const std::optional<Tensor>& context,
     const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
-    std::string activation, bool keeps_second, bool inverse, std::string scale_map, double clamp,
+    Text activation, bool keeps_second, bool inverse, Text scale_map, double clamp,
     const Tensor& hidden, const Tensor& raw, const std::optional<Tensor>& grad_y,
     const std::optional<Tensor>& grad_log_det, const std::vector<bool>& wanted) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 2, "coupling_layer: x must be [B, features]");

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& em
                                            const std::optional<std::vector<double>>& max_log_step,
                                            std::int64_t warmup_steps, std::int64_t update_every,
                                            const std::optional<double>& speedup,
-                                           const std::string& parametrization, bool update) {
+                                           const Text& parametrization, bool update) {
   check(c_hat, ema, log_lambda, step);
   if (update) check_writable(c_hat, ema, log_lambda, step);
   STD_TORCH_CHECK(!max_log_step || max_log_step->size() == 2,

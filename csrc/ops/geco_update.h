@@ -17,6 +17,6 @@ std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& em
                                            const std::optional<std::vector<double>>& max_log_step,
                                            std::int64_t warmup_steps, std::int64_t update_every,
                                            const std::optional<double>& speedup,
-                                           const std::string& parametrization, bool update);
+                                           const Text& parametrization, bool update);
 
 }  // namespace geco

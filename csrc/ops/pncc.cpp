@@ -51,7 +51,7 @@ struct Options {
   std::vector<std::int64_t> patch, stride, pad;
   bool squared, joint;
   double eps, smooth;
-  const std::string& reduction;
+  const Text& reduction;
 };
 
 std::vector<std::int64_t> for_each_dimension(const std::vector<std::int64_t>& given,
@@ -224,8 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& x, const Tensor&
 }
 
 Options patch_options(const Tensor& x, const std::vector<std::int64_t>& patch_size,
-                      const std::vector<std::int64_t>& stride, const std::string& channels,
-                      double eps, const std::string& reduction) {
+                      const std::vector<std::int64_t>& stride, const Text& channels, double eps,
+                      const Text& reduction) {
   return {for_each_dimension(patch_size, x),
           for_each_dimension(stride, x),
           for_each_dimension({0}, x),
@@ -237,7 +237,7 @@ Options patch_options(const Tensor& x, const std::vector<std::int64_t>& patch_si
 }
 
 Options window_options(const Tensor& x, std::int64_t kernel_size, double smooth_nr,
-                       double smooth_dr, const std::string& reduction) {
+                       double smooth_dr, const Text& reduction) {
   return {for_each_dimension({kernel_size}, x),
           for_each_dimension({1}, x),
           for_each_dimension({kernel_size / 2}, x),
@@ -251,16 +251,16 @@ Options window_options(const Tensor& x, std::int64_t kernel_size, double smooth_
 }  // namespace
 
 Tensor pncc_cpu(const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
-                const std::vector<std::int64_t>& stride, const std::string& channels, double eps,
-                const std::string& reduction) {
+                const std::vector<std::int64_t>& stride, const Text& channels, double eps,
+                const Text& reduction) {
   return forward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction));
 }
 
 std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
                                              const std::vector<std::int64_t>& patch_size,
                                              const std::vector<std::int64_t>& stride,
-                                             const std::string& channels, double eps,
-                                             const std::string& reduction, const Tensor& grad,
+                                             const Text& channels, double eps,
+                                             const Text& reduction, const Tensor& grad,
                                              bool wants_x, bool wants_y) {
   return backward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction), grad,
                   wants_x, wants_y);
@@ -268,20 +268,20 @@ std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
 
 std::tuple<Tensor, Tensor, Tensor> pncc_with_gradients_cpu(
     const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
-    const std::vector<std::int64_t>& stride, const std::string& channels, double eps,
-    const std::string& reduction, bool wants_x, bool wants_y) {
+    const std::vector<std::int64_t>& stride, const Text& channels, double eps,
+    const Text& reduction, bool wants_x, bool wants_y) {
   return with_gradients(x, y, patch_options(x, patch_size, stride, channels, eps, reduction),
                         wants_x, wants_y);
 }
 
 Tensor lncc_cpu(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
-                double smooth_dr, const std::string& reduction) {
+                double smooth_dr, const Text& reduction) {
   return forward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction));
 }
 
 std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
                                              std::int64_t kernel_size, double smooth_nr,
-                                             double smooth_dr, const std::string& reduction,
+                                             double smooth_dr, const Text& reduction,
                                              const Tensor& grad, bool wants_x, bool wants_y) {
   return backward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction), grad,
                   wants_x, wants_y);
@@ -290,8 +290,8 @@ std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
 std::tuple<Tensor, Tensor, Tensor> lncc_with_gradients_cpu(const Tensor& x, const Tensor& y,
                                                            std::int64_t kernel_size,
                                                            double smooth_nr, double smooth_dr,
-                                                           const std::string& reduction,
-                                                           bool wants_x, bool wants_y) {
+                                                           const Text& reduction, bool wants_x,
+                                                           bool wants_y) {
   return with_gradients(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction),
                         wants_x, wants_y);
 }

@@ -17,7 +17,7 @@ void check(const Tensor& x, const Tensor& y) {
 }
 
 // The mean over no element divides zero by zero.
-double divisor_of(const Tensor& x, const std::string& reduction) {
+double divisor_of(const Tensor& x, const Text& reduction) {
   if (reduction == "sum") return 1;
   STD_TORCH_CHECK(reduction == "mean", "squared_error: unknown reduction ", reduction);
   double divisor = 1;
@@ -27,7 +27,7 @@ double divisor_of(const Tensor& x, const std::string& reduction) {
 
 }  // namespace
 
-Tensor squared_error_cpu(const Tensor& x, const Tensor& y, std::string reduction) {
+Tensor squared_error_cpu(const Tensor& x, const Tensor& y, Text reduction) {
   check(x, y);
   const Operand operands[] = {input(x), input(y)};
   Forward params{.dtype = dtype_of(x)};
@@ -38,7 +38,7 @@ Tensor squared_error_cpu(const Tensor& x, const Tensor& y, std::string reduction
 }
 
 std::tuple<Tensor, Tensor> squared_error_backward_cpu(const Tensor& x, const Tensor& y,
-                                                      std::string reduction, const Tensor& grad,
+                                                      Text reduction, const Tensor& grad,
                                                       bool needs_x, bool needs_y) {
   check(x, y);
   const Tensor grad_x = gradient_like(x, needs_x), grad_y = gradient_like(y, needs_y);
