@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CHART = ROOT / "docs" / "speed.svg"
 # Of which file the README's table and chart are made.
-HEADLINE = "sapphire-rapids-avx512.json"
+HEADLINE = "zen5-avx512.json"
 MARKED = re.compile(r"(<!-- results: (\S+) (.+?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 NONE_YET = "No results yet.\n"
 
