@@ -369,7 +369,7 @@ def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, Call]:
     size = (draw(st.integers(1, 14)), draw(st.integers(1, 14)))
     most = MOST_ELEMENTS // (size[0] * size[1])
     inputs = min(draw(st.sampled_from([1, 2, 15, 16, 17, 33])), max(1, most))
-    how: Call = {}
+    how: Call = {"kernel_options": {"algorithm": "direct"}}
     if kernel > 1 and draw(st.integers(0, 3)):
         how = {
             "dtypes": (torch.float32,),

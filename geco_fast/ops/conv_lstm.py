@@ -57,16 +57,16 @@ class _Shared:
         self.forget()
 
     def forget(self) -> None:
-        self.transposed: Tensor | None = None
-        self.total: Tensor | None = None
-        self.task = -1
+        # One attribute: another thread's backward pass may come between.
+        self._state: tuple[int, Tensor | None, Tensor | None] = (-1, None, None)
 
-    def enter(self) -> None:
-        """Forget what another backward pass has left, one that failed."""
-        task = torch._C._current_graph_task_id()
-        if task != self.task:
-            self.forget()
-            self.task = task
+    def get(self) -> tuple[Tensor | None, Tensor | None]:
+        """The other form and the gradient so far, unless they are of another backward pass."""
+        task, transposed, total = self._state
+        return (transposed, total) if task == torch._C._current_graph_task_id() else (None, None)
+
+    def put(self, transposed: Tensor | None, total: Tensor | None) -> None:
+        self._state = (torch._C._current_graph_task_id(), transposed, total)
 
 
 class PreparedWeight(NamedTuple):
@@ -140,10 +140,7 @@ def _weight_and_input_gradients(
         | (needed["transformed"] or alone) * _WEIGHT
         | needed["bias"] * _BIAS
     )
-    transposed = total = None
-    if shared is not None:
-        shared.enter()
-        transposed, total = shared.transposed, shared.total
+    transposed, total = (None, None) if shared is None else shared.get()
     if transposed is None:
         wants_input = needed["x"] or needed["h"]
         transposed = _weight(weight, *form, True) if wants_input else weight.new_empty(0)
@@ -151,9 +148,10 @@ def _weight_and_input_gradients(
         grad, x, h, weight, transposed, blocks, wanted, total
     )
     if shared is not None:
-        shared.transposed = transposed if transposed.numel() else None
-        if needed["transformed"] and total is None:
-            shared.total = grad_transformed
+        gathers = needed["transformed"] and total is None
+        shared.put(
+            transposed if transposed.numel() else None, grad_transformed if gathers else total
+        )
     return (
         grad_x if needed["x"] else None,
         grad_h if needed["h"] else None,
@@ -280,26 +278,34 @@ torch.library.register_autograd(
 )
 
 
-def _why_not(weight: Tensor, spatial: tuple[int, ...]) -> str:
+def _why_not(dtype: torch.dtype, shape: tuple[int, ...], spatial: tuple[int, ...]) -> str:
     """Why Winograd's domain can't serve a convolution; empty if it can."""
-    kernel = tuple(weight.shape[2:])
-    if weight.dtype != torch.float32:
-        return f"it serves float32, got {weight.dtype}"
+    kernel = tuple(shape[2:])
+    if dtype != torch.float32:
+        return f"it serves float32, got {dtype}"
     if kernel not in ((3, 3), (5, 5), (7, 7)):
         return f"it serves kernels of 3x3, 5x5 and 7x7, got {kernel[0]}x{kernel[1]}"
-    if not weight.numel() or 0 in spatial:
+    if 0 in shape or 0 in spatial:
         return "it serves images and weights that aren't empty"
     return ""
 
 
 def _pays(
-    outputs: int, inputs: int, kernel: int, spatial: tuple[int, int], batch: int, uses: int
+    chosen: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    spatial: tuple[int, int],
+    batch: int,
+    uses: int,
 ) -> bool:
-    """Whether Winograd's domain is faster than the direct convolution for so many uses of a weight.
+    """Whether Winograd's domain is there and is faster, for so many uses of a weight of this shape.
 
-    Both are estimated in products of the direct one; docs/ops/conv_lstm.md tells where the factors
-    come from.
+    Both ways are estimated in products of the direct convolution; docs/ops/conv_lstm.md tells where
+    the factors come from.
     """
+    if chosen != "cpu" or _why_not(dtype, shape, spatial):
+        return False
+    outputs, inputs, kernel, _ = shape
     wide_inputs, wide_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
     pixels = batch * spatial[0] * spatial[1]
     if inputs < 8 or (inputs < 12 and pixels * wide_outputs > 100_000):
@@ -325,22 +331,19 @@ def _choose(
     batch: int | None = None,
 ) -> bool:
     """Whether a call that a backend serves goes through Winograd's domain."""
-    if algorithm == "direct":
-        return False
-    reason = _why_not(weight, spatial)
-    if chosen != "cpu":
-        reason = f"it has a kernel for the CPU alone, and {chosen!r} serves the call"
     if algorithm == "auto":
-        if reason:
-            return False
         # Without a batch, a weight is made ready for some eight steps of some eight images.
         uses = 8 if batch is None else 1
-        outputs, inputs, kernel, _ = weight.shape
         if torch.compiler.is_compiling():
             # No compiled code is bound to a batch.
-            return _pays(outputs, inputs, kernel, spatial, 8, uses)
+            return _pays(chosen, weight.dtype, weight.shape, spatial, 8, uses)
         batch = 8 if batch is None else batch
-        return _pays_once(outputs, inputs, kernel, spatial, batch, uses)
+        return _pays_once(chosen, weight.dtype, weight.shape, spatial, batch, uses)
+    if algorithm == "direct":
+        return False
+    reason = _why_not(weight.dtype, weight.shape, spatial)
+    if chosen != "cpu":
+        reason = f"it has a kernel for the CPU alone, and {chosen!r} serves the call"
     if reason:
         raise BackendUnavailable(
             f"{operator}: algorithm 'winograd' is unavailable: {reason}; use algorithm='auto'"
@@ -400,14 +403,13 @@ def _in_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     if not (alike(x, weight) if bias is None else alike(x, weight, bias)):
         return False
-    if x.dim() != 4 or weight.dim() != 4 or autocast_enabled(x.device.type):
-        return False
-    outputs, inputs, *kernel = weight.shape
+    shape, given = weight.shape, x.shape
     return (
-        x.shape[1] == inputs
-        and kernel[0] % 2 == 1
-        and kernel[1] % 2 == 1
-        and (bias is None or bias.shape == (outputs,))
+        len(shape) == len(given) == 4
+        and given[1] == shape[1]
+        and shape[2] % 2 == shape[3] % 2 == 1
+        and (bias is None or bias.shape == shape[:1])
+        and not autocast_enabled("cpu" if x.is_cpu else x.device.type)
     )
 
 
@@ -691,9 +693,9 @@ def conv2d(
             check_shape("bias", bias, weight.shape[:1], "the output channels of weight")
         x, weight, bias = _alike({"x": x, "weight": weight, "bias": bias}, "x").values()
     chosen = select("conv2d", x, backend)
-    size = (x.shape[2], x.shape[3])
-    if _choose("conv2d", chosen, algorithm, weight, size, x.shape[0]):
-        transformed = _transformed(weight, weight.shape[1], 1, size)
+    batch, _, *size = x.shape
+    if _choose("conv2d", chosen, algorithm, weight, (size[0], size[1]), batch):
+        transformed = _transformed(weight, weight.shape[1], 1, (size[0], size[1]))
         if transformed is not None:
             result = _if_memory_allows(lambda: _conv2d(x, weight, transformed, bias))
             if result is not None:

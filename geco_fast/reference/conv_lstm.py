@@ -11,11 +11,12 @@ from geco_fast.reference.lstm_gates import lstm_gates
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Define `geco_fast.ops.conv2d`."""
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    if 0 in shape[1:]:
+    batch, _, *spatial = x.shape
+    outputs, _, height, width = weight.shape
+    if outputs == 0 or 0 in spatial:
         # PyTorch refuses these; the product keeps the empty result in the autograd graph.
-        return x.new_zeros(shape) * (x.sum() + weight.sum())
-    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+        return x.new_zeros((batch, outputs, *spatial)) * (x.sum() + weight.sum())
+    return F.conv2d(x, weight, bias, padding=(height // 2, width // 2))
 
 
 def conv_lstm_gates(

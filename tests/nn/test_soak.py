@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -55,5 +57,6 @@ def test_memory_does_not_grow(name: str) -> None:
         if step >= SETTLED and step % 100 == 0:
             held.append(resident_bytes())
     assert loss.isfinite()
-    # Less than 700 bytes a step.
-    assert held[-1] - held[0] < 2**20, held
+    # A leak grows steadily; less than 700 bytes a step. What is loaded late comes once.
+    growth = [after - before for before, after in pairwise(held)]
+    assert median(growth) < 2**16, growth
