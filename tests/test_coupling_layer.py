@@ -112,7 +112,7 @@ def one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_level
 @pytest.mark.parametrize("scale_map", SCALE_MAPS)
-@pytest.mark.parametrize(("inverse", "keeps_second"), product((False, True), repeat=2))
+@pytest.mark.parametrize(("inverse", "keeps_second"), list(product((False, True), repeat=2)))
 def test_keeps_the_accuracy_rule(
     backend: str, scale_map: str, inverse: bool, keeps_second: bool, one_operator: None
 ) -> None:
