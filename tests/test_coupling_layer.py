@@ -81,10 +81,10 @@ def copied(given: dict[str, object]) -> dict[str, object]:
 
 
 def hold_to_the_rule(
-    coupling: Coupling, use: tuple[bool, bool] = (True, True), draws: int = 48, **options: object
+    coupling: Coupling, use: tuple[bool, bool] = (True, True), **options: object
 ) -> None:
     budgets: dict[int, Budget] = {}
-    for seed in range(draws):
+    for seed in range(48):
         given = operands(keeps_second=coupling.keeps_second, seed=seed, **options)
         guards = Guards()
         actual = results(guards.place_all(copied(given)), coupling, use)
@@ -138,8 +138,8 @@ def test_activations(backend: str, activation: str, one_operator: None) -> None:
     ],
 )
 def test_sizes(backend: str, options: dict[str, object], one_operator: None) -> None:
-    hold_to_the_rule(PLAIN, draws=8, **options)
-    hold_to_the_rule(PLAIN._replace(inverse=True, keeps_second=True), draws=8, **options)
+    hold_to_the_rule(PLAIN, **options)
+    hold_to_the_rule(PLAIN._replace(inverse=True, keeps_second=True), **options)
 
 
 @needs_library

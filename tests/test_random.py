@@ -254,6 +254,9 @@ def without_layouts(example: Example) -> Example:
 
 def check(example: Example) -> None:
     served_by = backends(example.case.operator, example.dtype)
+    if served_by == ["reference"]:
+        # PyTorch's products of bfloat16 read the gaps between rows on processors with AMX.
+        example = without_layouts(example)
     served_by = served_by[1:] or served_by
     for draw in (draw_results, draw_gradients):
         judge = Judge(example.case.bound)

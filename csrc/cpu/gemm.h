@@ -93,12 +93,24 @@ inline GemmBlock<T> gemm_block_of(int rows, std::integer_sequence<int, kMinusOne
   return kBlocks[rows - 1];
 }
 
+// A longer sum is made of equal parts, for the rounding of a sum grows with its length.
+constexpr std::int64_t kLongestSum = 512;
+
 // Of one panel: c[r][j] (+)= sum over k < depth of A(r, k) b[k][j], r < rows, j < columns rounded
 // up to whole vectors. An element's sum runs over k in order, whatever block it is in.
 template <class T, Left kLeft, bool kAdd>
 void gemm(const T* a, std::int64_t step, const T* b, T* c, std::int64_t rows, std::int64_t depth,
           int columns, Next<T> next) {
   if (rows <= 0) return;
+  if (depth > kLongestSum) {
+    const std::int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
+    const std::int64_t panels = (depth + parts * kPanel - 1) / (parts * kPanel);
+    const std::int64_t part = panels * kPanel;
+    const T* const rest_a = a + panels * (kLeft == Left::kRows ? step : kPanel * kPanel);
+    const T* const rest_b = b + part * kPanel;
+    gemm<T, kLeft, kAdd>(a, step, b, c, rows, part, columns, {rest_a, rest_b});
+    return gemm<T, kLeft, true>(rest_a, step, rest_b, c, rows, depth - part, columns, next);
+  }
   constexpr auto kSizes = std::make_integer_sequence<int, kBlockRows>{};
   constexpr int kWidth = 2 * kLanes<T>, kLinesPerRow = kPanel * int(sizeof(T)) / 64;
   const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;

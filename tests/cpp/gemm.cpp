@@ -81,6 +81,10 @@ void check_products(std::int64_t most_rows) {
     for (int columns = 1; columns <= kPanel; ++columns) check(rows, random.below(101), columns);
   for (std::int64_t depth = 0; depth <= 100; ++depth)
     check(1 + random.below(most_rows), depth, 1 + int(random.below(kPanel)));
+  // Sums in one, two and more parts.
+  for (std::int64_t parts = 1; parts <= 4; ++parts)
+    for (const int more : {0, 1, 32, 45, 300})
+      check(1 + random.below(most_rows), parts * kLongestSum + more, 1 + int(random.below(kPanel)));
 }
 
 void products(const Level&) {
