@@ -93,11 +93,12 @@ inline GemmBlock<T> gemm_block_of(int rows, std::integer_sequence<int, kMinusOne
   return kBlocks[rows - 1];
 }
 
-// A longer sum is made of equal parts, for the rounding of a sum grows with its length.
+// A longer sum is made of parts of about one length, for the rounding of a sum grows with it.
 constexpr std::int64_t kLongestSum = 512;
 
 // Of one panel: c[r][j] (+)= sum over k < depth of A(r, k) b[k][j], r < rows, j < columns rounded
-// up to whole vectors. An element's sum runs over k in order, whatever block it is in.
+// up to whole vectors. An element's sum runs over k in order, part by part if it is long, whatever
+// block it is in.
 template <class T, Left kLeft, bool kAdd>
 void gemm(const T* a, std::int64_t step, const T* b, T* c, std::int64_t rows, std::int64_t depth,
           int columns, Next<T> next) {
