@@ -138,10 +138,11 @@ class NinjaBuild(build_ext):
         """Build the one extension."""
         (extension,) = self.extensions
         torch = package_dir("torch")
+        # torch's include folder has a pybind11 of its own, which up to 2.11 refuses the stable ABI.
         includes = [
+            package_dir("pybind11") / "include",
             torch / "include",
             torch / "include" / "torch" / "csrc" / "api" / "include",
-            package_dir("pybind11") / "include",
             sysconfig.get_path("include"),
         ]
         compile_and_link(

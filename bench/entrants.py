@@ -15,6 +15,7 @@ from geco_fast.bench.limits import Work, operator_work
 from geco_fast.bench.rivals import Rival, operator_rivals
 from geco_fast.testing.budget import draws
 from geco_fast.testing.cases import Case, Tensors
+from geco_fast.testing.guards import moved
 
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
@@ -50,6 +51,7 @@ class Problem(Protocol):
     directions: tuple[str, ...]
     rivals: Mapping[str, Rival]
     bound: float | None  # what ours is held to instead of the accuracy rule (see `Budget`)
+    device: str  # "cpu" or "cuda"
 
     def __str__(self) -> str: ...
 
@@ -83,13 +85,18 @@ class OperatorProblem:
 
     directions = DIRECTIONS
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.device = device
         self.case = case
         self.operator = case.operator
         self.bound = case.bound
         self.rivals = {"eager": PLAIN, "compile": COMPILED, **operator_rivals(case)}
         # Drawing large tensors takes longer than most sides take on them.
-        self.tensors = functools.lru_cache(maxsize=1)(partial(case.tensors, torch.float32))
+        self.tensors = functools.lru_cache(maxsize=1)(self._draw)
+
+    def _draw(self, seed: int) -> Tensors:
+        drawn = self.case.tensors(torch.float32, seed)
+        return {name: moved(tensor, self.device) for name, tensor in drawn.items()}
 
     def __str__(self) -> str:
         return str(self.case)
@@ -138,8 +145,7 @@ class FunctionEntrant:
     def _upstream(self, values: Sequence[Tensor], seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed + 1000)
         return [
-            torch.randn(v.shape, generator=generator, dtype=torch.float32).to(v.dtype)
-            for v in values
+            torch.randn(v.shape, generator=generator, dtype=torch.float32).to(v) for v in values
         ]
 
     def _leaves(self, tensors: Tensors) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -43,8 +44,10 @@ class Limits(NamedTuple):
         return "memory" if self.seconds(work) == moving else "arithmetic"
 
 
-def measure_limits(threads: int) -> Limits:
-    """Measure both with as many threads, on the instruction set in use."""
+def measure_limits(threads: int, device: str = "cpu") -> Limits:
+    """Measure both: with as many threads on the instruction set in use, or those of a GPU."""
+    if device != "cpu":
+        return _gpu_limits(device)
     source = torch.rand(COPIED_BYTES // 4)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -54,6 +57,28 @@ def measure_limits(threads: int) -> Limits:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return Limits(2 * COPIED_BYTES / min(times), _multiply_adds_per_s(threads))
+
+
+@functools.cache
+def _gpu_limits(device: str) -> Limits:
+    """Bandwidth of a copy, and the rate of PyTorch's float32 matrix product, without TF32."""
+    source = torch.rand(4 * COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.rand(8192, 8192, device=device) for _ in range(2))
+    copied = min(_device_seconds(lambda: target.copy_(source)) for _ in range(COPIES))
+    multiplied = min(_device_seconds(lambda: torch.mm(left, right)) for _ in range(COPIES))
+    return Limits(2 * 4 * COPIED_BYTES / copied, 2 * 8192**3 / multiplied)
+
+
+def _device_seconds(action: Callable[[], object]) -> float:
+    """Time of an action on the current GPU, by its events."""
+    action()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _multiply_adds_per_s(threads: int) -> float | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -39,14 +40,20 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
+def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """Largest number of bytes that a call holds at once, beyond what was there before it.
 
-    Counted are the blocks of torch's allocator for the CPU: results, gradients, saved tensors and
-    the scratch of our kernels, which are tensors, too. What a library takes from elsewhere (oneDNN,
-    MKL, jax) is not seen.
+    Counted are the blocks of torch's allocator for the device: results, gradients, saved tensors
+    and the scratch of our kernels, which are tensors, too. What a library takes from elsewhere
+    (oneDNN, MKL, jax) is not seen.
     """
     step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = step()
     events = profiler.profiler.kineto_results.events()

@@ -71,8 +71,9 @@ class ModuleCase:
 class ModuleProblem:
     """A module case, in float32."""
 
-    def __init__(self, case: ModuleCase) -> None:
+    def __init__(self, case: ModuleCase, device: str = "cpu") -> None:
         self.case = case
+        self.device = device
         self.operator = case.module
         self.bound = case.bound
         self.directions = (BOTH,) if case.training else DIRECTIONS
@@ -85,12 +86,12 @@ class ModuleProblem:
     def _ours(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.case.make()
+            return self.case.make().to(self.device)
 
     def _inputs(self) -> tuple[Tensor, ...]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return self.case.inputs()
+            return tuple(tensor.to(self.device) for tensor in self.case.inputs())
 
     def build(self, side: str) -> Entrant:
         module = self._ours()
@@ -132,9 +133,7 @@ class ModuleProblem:
 def random_upstream(values: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of a module's results, the same for every side."""
     generator = torch.Generator().manual_seed(2)
-    return [
-        torch.randn(v.shape, generator=generator, dtype=torch.float32).to(v.dtype) for v in values
-    ]
+    return [torch.randn(v.shape, generator=generator, dtype=torch.float32).to(v) for v in values]
 
 
 def _flat(gradients: Any, permuted: bool) -> Tensor:
@@ -192,7 +191,9 @@ class TrainingEntrant:
 
     def step(self, direction: str) -> Step:
         module, inputs = self.module, self.inputs
-        optimizer = torch.optim.Adam(module.parameters(), lr=1e-5)
+        # What a CUDA graph can hold, on a GPU.
+        capturable = any(tensor.is_cuda for tensor in inputs)
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-5, capturable=capturable)
 
         def step() -> object:
             optimizer.zero_grad()
@@ -390,5 +391,5 @@ MODULES = [
 
 
 def module_problems(module: str | None = None) -> list[ModuleProblem]:
-    """The modules' problems, of one module or of all."""
+    """The modules' problems, of one module or of all, on the CPU."""
     return [ModuleProblem(case) for case in MODULES if module in (None, case.module)]

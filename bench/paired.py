@@ -57,11 +57,19 @@ class Effort:
     patience: float = 180.0
 
 
+def settle() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(side: Callable[[], object], repeats: int) -> float:
-    """Time of one call, averaged over `repeats`."""
+    """Time of one call, averaged over `repeats`, until the last one's results are there."""
+    settle()
     start = time.perf_counter()
     for _ in range(repeats):
         side()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 
@@ -86,6 +94,20 @@ def pair(
         first, second = seconds(*a), seconds(*b)
         times.append((first, second) if k % 2 else (second, first))
     return times
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """Capture a step as a CUDA graph, and return what replays it."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @contextmanager
@@ -226,6 +248,7 @@ def compare(
     rivals: Sequence[str] | None = None,
     threads: int = 1,
     effort: Effort = Effort(),
+    graph: bool = False,
 ) -> list[Row]:
     """Compare ours with its rivals on one problem.
 
@@ -239,6 +262,8 @@ def compare(
         Threads of both sides.
     effort : Effort
         How long to measure.
+    graph : bool
+        Whether both sides are captured as CUDA graphs, whose replays are timed.
 
     Raises
     ------
@@ -252,19 +277,21 @@ def compare(
     keep_freed_memory()
     try:
         ready, out = sides(problem, chosen, effort)
-        limits = measure_limits(threads)
+        limits = measure_limits(threads, problem.device)
         rows = []
         for direction in problem.directions:
             work = problem.work(direction)
-            ours = ready["ours"].step(direction)
+            step = ready["ours"].step(direction)
+            ours = captured(step) if graph else step
             base = Row(
                 operator=problem.operator,
                 case=str(problem),
                 direction=direction,
                 rival="",
                 threads=threads,
-                instruction_set=LIBRARY.instruction_set() if LIBRARY else "none",
-                ours_peak_bytes=peak_bytes(ours),
+                instruction_set=_level(problem.device),
+                captured=graph,
+                ours_peak_bytes=peak_bytes(step, problem.device),
                 least_bytes=work.bytes if work else None,
                 least_operations=work.operations if work else None,
                 copy_bytes_per_s=limits.bytes_per_s,
@@ -273,17 +300,24 @@ def compare(
             for name in chosen:
                 note = problem.rivals[name].note if name in problem.rivals else ""
                 row = replace(base, rival=name, note=note)
-                rows.append(_measured(row, ready, out, direction, ours, effort))
+                rows.append(_measured(row, ready, out, problem.device, ours, effort))
         return rows
     finally:
         torch.set_num_threads(before)
+
+
+def _level(device: str) -> str:
+    """Instruction set of our kernels, or the architecture of the GPU."""
+    if device != "cpu":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return LIBRARY.instruction_set() if LIBRARY else "none"
 
 
 def _measured(
     row: Row,
     ready: dict[str, Entrant],
     out: dict[str, str],
-    direction: str,
+    device: str,
     ours: Callable[[], object],
     effort: Effort,
 ) -> Row:
@@ -292,10 +326,11 @@ def _measured(
     entrant = ready["ours" if row.rival == "self" else row.rival]
     try:
         with patience(effort.patience):
-            theirs = entrant.step(direction)
+            step = entrant.step(row.direction)
+            theirs = captured(step) if row.captured else step
             theirs()
         times = pair(ours, theirs, effort)
-        held = peak_bytes(theirs)
+        held = peak_bytes(step, device)
     except (Exception, TooSlow) as failure:
         return replace(row, unavailable=reason(failure))
     low, ratio, high = statistics.quantiles([theirs / ours for ours, theirs in times], n=4)

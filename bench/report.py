@@ -65,7 +65,7 @@ def _noise(row: Row, rows: Sequence[Row]) -> str:
 Column = tuple[str, Callable[[Row, Sequence[Row]], str]]
 COLUMNS: list[Column] = [
     ("case", lambda row, _: row.case),
-    ("direction", lambda row, _: row.direction),
+    ("direction", lambda row, _: row.direction + (", CUDA graph" if row.captured else "")),
     ("threads", lambda row, _: str(row.threads)),
     ("against", lambda row, _: row.rival),
     ("ours, ms", lambda row, _: _ms(row.ours_ms)),
@@ -121,9 +121,8 @@ def machine(results: ResultFile) -> str:
         parts += [
             f"`{run['command']}`",
             "",
-            f"- {run['processor']}, {run['cores']} cores, {', '.join(run['instruction_sets'])}; "
-            f"Python {run['python']}, torch {run['torch']}, geco_fast {run['geco_fast']} at "
-            f"{run['commit']}",
+            f"- {_hardware(run)}; Python {run['python']}, torch {run['torch']}, "
+            f"geco_fast {run['geco_fast']} at {run['commit']}",
             *([f"- {peers}"] if peers else []),
         ]
         limits = {
@@ -139,6 +138,13 @@ def machine(results: ResultFile) -> str:
             parts.append(f"- {threads} thread{plural}: copies {copied / 1e9:.1f} GB/s{peak}")
         parts.append("")
     return "\n".join(parts)
+
+
+def _hardware(run: dict[str, Any]) -> str:
+    processor = f"{run['processor']}, {run['cores']} cores, {', '.join(run['instruction_sets'])}"
+    if "device" not in run:
+        return processor
+    return f"{run['device']}, CUDA {run['cuda']}, Triton {run['triton']}, beside {processor}"
 
 
 def block(results: ResultFile, what: Sequence[str]) -> str:

@@ -41,7 +41,9 @@ class Row:
     """One comparison: `ratio` is the rival's time over ours, with the quartiles of the pairs.
 
     Where the rival could not be measured, `unavailable` says why and there are no times. Peaks are
-    in bytes of torch's allocator; `run` is the place of the run in the file.
+    in bytes of torch's allocator; `run` is the place of the run in the file. On a GPU
+    `instruction_set` is its architecture, and `captured` says that replays of a CUDA graph were
+    timed instead of calls.
     """
 
     operator: str
@@ -65,11 +67,13 @@ class Row:
     note: str = ""
     unavailable: str = ""
     run: int = 0
+    captured: bool = False
 
     @property
-    def key(self) -> tuple[str, str, str, int, str]:
+    def key(self) -> tuple[str, str, str, int, str, bool]:
         """What a later measurement of the same thing replaces."""
-        return self.case, self.direction, self.rival, self.threads, self.instruction_set
+        measured = (self.case, self.direction, self.rival)
+        return *measured, self.threads, self.instruction_set, self.captured
 
     @property
     def limit(self) -> tuple[float, str] | None:
@@ -168,7 +172,15 @@ def commit() -> str:
     return head.stdout.strip() + ("-dirty" if same.returncode else "")
 
 
-def environment() -> dict[str, Any]:
+def _gpu() -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "triton": metadata.version("triton"),
+    }
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Machine, versions, revision and command of a run; of files the command keeps the name."""
     words = (Path(word).name if "/" in word else word for word in sys.argv[1:])
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
@@ -177,6 +189,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        **({} if device == "cpu" else _gpu()),
         "instruction_sets": LIBRARY.instruction_sets() if LIBRARY else [],
         "python": platform.python_version(),
         "torch": torch.__version__,

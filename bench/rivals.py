@@ -67,6 +67,7 @@ def operator_rivals(case: Case) -> dict[str, Rival]:
     return {name: rival for name, rival in declared(case.operator).items() if rival.serves(case)}
 
 
-def bench_cases(operator: str | None = None) -> list[Case]:
-    """Cases of the benchmark, of one operator or of all."""
-    return cases(operator, tag="bench")
+def bench_cases(operator: str | None = None, device: str = "cpu") -> list[Case]:
+    """Cases of the benchmark, of one operator or of all; a GPU also gets some that fill it."""
+    found = cases(operator, tag="bench")
+    return found if device == "cpu" else [*found, *cases(operator, tag="bench-gpu")]

@@ -29,6 +29,11 @@ struct Text : std::string {
 
 }  // namespace geco
 
+// Its older name, up to torch 2.11.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 template <>
 struct torch::stable::detail::ToImpl<geco::Text> {
   static geco::Text call(StableIValue value, std::uint64_t, bool) {

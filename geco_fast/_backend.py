@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -18,6 +18,10 @@ from geco_fast._checks import check_choice
 from geco_fast._registry import KERNELS
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+# Operators with a backend that only an explicit choice takes: whether its kernel is the better one
+# has not been measured.
+ON_REQUEST = frozenset({("conv_lstm_step", "triton"), ("coupling_mlp", "triton")})
 
 
 class BackendUnavailable(RuntimeError):
@@ -36,6 +40,7 @@ def _load_library() -> tuple[ModuleType | None, str]:
 
 
 LIBRARY, _LIBRARY_REASON = _load_library()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def default_backend() -> str:
@@ -80,15 +85,31 @@ def use_backend(backend: str) -> Iterator[None]:
         _choice.backend = previous
 
 
-def unavailable_reason(backend: str) -> str:
-    """Why a backend can't run on this machine, with the mend; empty if it can."""
+def _missing(backend: str) -> str:
+    """Why a backend is not installed, with the mend; empty if it is."""
     if backend == "cpu":
         return _LIBRARY_REASON
     if backend == "cuda":
         return "this release has no CUDA C++ kernels; use backend='auto'"
-    if backend == "triton":
-        return "this release has no Triton kernels; use backend='auto'"
+    if backend == "triton" and not _HAS_TRITON:
+        return "Triton is not installed; pip install triton where it has a wheel"
     return ""
+
+
+def interprets() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable_reason(backend: str) -> str:
+    """Why a backend can't run on this machine, with the mend; empty if it can."""
+    reason = _missing(backend)
+    if not reason and backend == "triton" and not (torch.cuda.is_available() or interprets()):
+        return (
+            "PyTorch sees no GPU; install a PyTorch build for yours, or set TRITON_INTERPRET=1 to "
+            "run the kernels, slowly, on the CPU"
+        )
+    return reason
 
 
 def _always() -> bool:
@@ -125,13 +146,13 @@ def _transform_reason() -> str:
 
 def _refusal(operator: str, backend: str, device: str, dtype: torch.dtype) -> str:
     """Why a backend can't serve such a call; empty if it can."""
-    reason = unavailable_reason(backend)
+    reason = _missing(backend)
     if reason:
         return reason
     kernels = KERNELS.get(operator, {})
     if backend not in kernels:
         return f"{operator} has no {backend} kernel in this release; use backend='auto'"
-    wanted = "cpu" if backend == "cpu" else "cuda"
+    wanted = "cpu" if backend == "cpu" or (backend == "triton" and interprets()) else "cuda"
     if device != wanted:
         return f"it serves {wanted} tensors, got one on {device}; move it or use backend='auto'"
     if dtype not in kernels[backend]:
@@ -145,7 +166,8 @@ def _resolve(operator: str, backend: str, device: str, dtype: torch.dtype) -> st
     if backend == "auto":
         candidates = ("cpu",) if device == "cpu" else ("cuda", "triton")
         for candidate in candidates:
-            if not _refusal(operator, candidate, device, dtype):
+            on_request = (operator, candidate) in ON_REQUEST
+            if not on_request and not _refusal(operator, candidate, device, dtype):
                 return candidate
     elif backend != "reference":
         reason = _refusal(operator, backend, device, dtype)

@@ -1,12 +1,17 @@
 """Every operator that has kernels: its schema, its shape function, and the dtypes they take.
 
 Schemas and shape functions are registered with torch here, in Python that needs nothing but torch;
-the C++ library adds its kernels for the CPU and CUDA keys (`csrc/register.cpp`). Shape functions
-run the reference on shape-only tensors, so an output's layout is PyTorch's own.
+the C++ library adds its kernels for the CPU and CUDA keys (`csrc/register.cpp`). Triton's are the
+overload "triton" of the same operators, with launchers of the same names in `kernels`, imported by
+their first call. Shape functions run the reference on shape-only tensors, so an output's layout is
+PyTorch's own.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,93 +24,151 @@ from geco_fast.reference._precision import widen
 
 LIBRARY = torch.library.Library("geco_fast", "DEF")
 
+# Stem -> operators that its Triton module launches.
+TRITON: dict[str, tuple[str, ...]] = {
+    "coupling_mlp": ("coupling_mlp", "coupling_mlp_with_hidden", "coupling_mlp_backward"),
+    "gaussian_latent": ("gaussian_latent", "gaussian_latent_backward"),
+    "affine_coupling": ("affine_coupling", "affine_coupling_backward"),
+    "conv_lstm": ("conv_lstm_step", "conv_lstm_step_with_gates", "conv_lstm_step_backward"),
+    "equilibrium_map": ("equilibrium_map", "equilibrium_map_backward"),
+    "geco_update": ("geco_update",),
+    "lstm_gates": ("lstm_gates", "lstm_gates_backward"),
+    "pncc": (
+        *("pncc", "pncc_backward", "pncc_with_gradients"),
+        *("lncc", "lncc_backward", "lncc_with_gradients"),
+    ),
+    "squared_error": ("squared_error", "squared_error_backward"),
+}
+_STEM_OF = {operator: stem for stem, operators in TRITON.items() for operator in operators}
+# Operators that no other backend has.
+_TRITONS_OWN = frozenset(TRITON["conv_lstm"])
+
+
+@functools.cache
+def launcher(operator: str) -> Callable[..., Any]:
+    """What launches an operator's Triton kernels; its module is imported by the first call."""
+    found: Callable[..., Any] | None = None
+
+    def launch(*arguments: Any) -> Any:
+        nonlocal found
+        if found is None:
+            module = importlib.import_module(f"geco_fast.kernels.{_STEM_OF[operator]}")
+            found = getattr(module, operator)
+        return found(*arguments)
+
+    return launch
+
+
+def _define(schema: str) -> None:
+    operator, arguments = schema.split("(", 1)
+    if operator not in _TRITONS_OWN:
+        LIBRARY.define(schema)
+    if operator in _STEM_OF:
+        LIBRARY.define(f"{operator}.triton({arguments}")
+        # Triton's interpreter takes tensors on the CPU.
+        for key in ("CUDA", "CPU"):
+            LIBRARY.impl(f"{operator}.triton", launcher(operator), key)
+
+
+def _shapes(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the shape function of an operator, whatever its backend."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        overloads = () if operator in _TRITONS_OWN else ("",)
+        for overload in (*overloads, ".triton") if operator in _STEM_OF else overloads:
+            torch.library.register_fake(f"geco_fast::{operator}{overload}", function, lib=LIBRARY)
+        return function
+
+    return register
+
+
 # Dimensions that a kernel's operands have at most (kMaxDims in csrc).
 MAX_RANK = 8
 
 # Operator -> backend -> dtypes its kernels take.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "affine_coupling": {"cpu": FLOATING},
+    "affine_coupling": {"cpu": FLOATING, "triton": FLOATING},
     "conv2d": {"cpu": FLOATING},
-    "conv_lstm_step": {"cpu": FLOATING},
-    "coupling_mlp": {"cpu": (torch.float32, torch.float64)},
-    "gaussian_latent": {"cpu": FLOATING},
-    "geco_update": {"cpu": FLOATING},
-    "lncc": {"cpu": FLOATING},
-    "equilibrium_map": {"cpu": FLOATING},
-    "lstm_gates": {"cpu": FLOATING},
-    "pncc": {"cpu": FLOATING},
-    "prepare_weight": {"cpu": FLOATING},
-    "squared_error": {"cpu": FLOATING},
+    "conv_lstm_step": {"cpu": FLOATING, "triton": FLOATING},
+    "coupling_mlp": {"cpu": (torch.float32, torch.float64), "triton": FLOATING},
+    "gaussian_latent": {"cpu": FLOATING, "triton": FLOATING},
+    "geco_update": {"cpu": FLOATING, "triton": FLOATING},
+    "lncc": {"cpu": FLOATING, "triton": FLOATING},
+    "equilibrium_map": {"cpu": FLOATING, "triton": FLOATING},
+    "lstm_gates": {"cpu": FLOATING, "triton": FLOATING},
+    "pncc": {"cpu": FLOATING, "triton": FLOATING},
+    "prepare_weight": {"cpu": FLOATING, "triton": FLOATING},
+    "squared_error": {"cpu": FLOATING, "triton": FLOATING},
 }
 
-LIBRARY.define(
+_define(
     "affine_coupling(Tensor x, Tensor log_scale, Tensor shift, bool inverse, str scale_map, "
     "float clamp) -> (Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "affine_coupling_backward(Tensor x, Tensor log_scale, Tensor? shift, bool inverse, "
     "str scale_map, float clamp, Tensor? grad_y, Tensor? grad_log_det, bool needs_x, "
     "bool needs_log_scale, bool needs_shift) -> (Tensor, Tensor, Tensor)"
 )
 # A list can't hold None: a bias without elements stands for none.
-LIBRARY.define(
+_define(
     "coupling_mlp(Tensor x, Tensor? context_projection, Tensor[] weights, Tensor[] biases, "
     "str activation) -> Tensor"
 )
 # The same, and what backward takes of the hidden layers.
-LIBRARY.define(
+_define(
     "coupling_mlp_with_hidden(Tensor x, Tensor? context_projection, Tensor[] weights, "
     "Tensor[] biases, str activation) -> (Tensor, Tensor)"
 )
 # Gradients to x, context_projection, all weights, all biases.
-LIBRARY.define(
+_define(
     "coupling_mlp_backward(Tensor x, Tensor[] weights, str activation, Tensor hidden, Tensor grad, "
     "bool[] wanted) -> Tensor[]"
 )
 # A coupling layer: y, log_det and, if they are to be kept, what backward takes of the hidden
 # layers, and log_scale with shift.
-LIBRARY.define(
+_define(
     "coupling_layer(Tensor x, Tensor? context, Tensor? context_weight, Tensor[] weights, "
     "Tensor[] biases, str activation, bool keeps_second, bool inverse, str scale_map, float clamp, "
     "bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # Gradients to x, context, its weight, all weights, all biases.
-LIBRARY.define(
+_define(
     "coupling_layer_backward(Tensor x, Tensor? context, Tensor? context_weight, Tensor[] weights, "
     "str activation, bool keeps_second, bool inverse, str scale_map, float clamp, Tensor hidden, "
     "Tensor raw, Tensor? grad_y, Tensor? grad_log_det, bool[] wanted) -> Tensor[]"
 )
-LIBRARY.define(
+_define(
     "equilibrium_map(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior) "
     "-> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "equilibrium_map_backward(Tensor x, Tensor psi, Tensor beta, Tensor? log_prior, Tensor mapped, "
     "Tensor log_normaliser, Tensor log_mass, Tensor? grad_mapped, Tensor? grad_log_normaliser, "
     "int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "gaussian_latent(Tensor q_mean, Tensor q_log_std, Tensor p_mean, Tensor p_log_std, "
     "Tensor noise) -> (Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "gaussian_latent_backward(Tensor q_mean, Tensor q_log_std, Tensor p_mean, Tensor p_log_std, "
     "Tensor noise, Tensor? grad_z, Tensor? grad_kl, int needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "geco_update(Tensor c_hat, Tensor(a!) ema, Tensor(b!) log_lambda, Tensor(c!) step, "
     "float alpha, float step_size, float lambda_min, float lambda_max, float[2]? max_log_step, "
     "int warmup_steps, int update_every, float? speedup, str parametrization, bool update) "
     "-> (Tensor, Tensor)"
 )
-LIBRARY.define("lstm_gates(Tensor gates, Tensor c, float forget_bias) -> (Tensor, Tensor)")
-LIBRARY.define(
+_define("lstm_gates(Tensor gates, Tensor c, float forget_bias) -> (Tensor, Tensor)")
+_define(
     "lstm_gates_backward(Tensor gates, Tensor c, float forget_bias, Tensor? grad_h, "
     "Tensor? grad_c_next) -> (Tensor, Tensor)"
 )
-LIBRARY.define("squared_error(Tensor x, Tensor y, str reduction) -> Tensor")
-LIBRARY.define(
+_define("squared_error(Tensor x, Tensor y, str reduction) -> Tensor")
+_define(
     "squared_error_backward(Tensor x, Tensor y, str reduction, Tensor grad, bool needs_x, "
     "bool needs_y) -> (Tensor, Tensor)"
 )
@@ -121,7 +184,7 @@ def _gradient(like: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(like) if needed else like.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.register_fake("geco_fast::affine_coupling", lib=LIBRARY)
+@_shapes("affine_coupling")
 def _(
     x: Tensor, log_scale: Tensor, shift: Tensor, inverse: bool, scale_map: str, clamp: float
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +195,7 @@ def _(
     return ((x - shift) * scale if inverse else x * scale + shift).to(dtype), _row_sums(x)
 
 
-@torch.library.register_fake("geco_fast::affine_coupling_backward", lib=LIBRARY)
+@_shapes("affine_coupling_backward")
 def _(
     x: Tensor,
     log_scale: Tensor,
@@ -153,7 +216,7 @@ def _(
     )
 
 
-@torch.library.register_fake("geco_fast::coupling_mlp", lib=LIBRARY)
+@_shapes("coupling_mlp")
 def _coupling_mlp(
     x: Tensor,
     context_projection: Tensor | None,
@@ -165,7 +228,7 @@ def _coupling_mlp(
     return reference.coupling_mlp(x, context_projection, weights, none, activation=activation)
 
 
-@torch.library.register_fake("geco_fast::coupling_mlp_with_hidden", lib=LIBRARY)
+@_shapes("coupling_mlp_with_hidden")
 def _(
     x: Tensor,
     context_projection: Tensor | None,
@@ -183,7 +246,7 @@ def _hidden(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x.new_empty(x.shape[0] * width)
 
 
-@torch.library.register_fake("geco_fast::coupling_layer", lib=LIBRARY)
+@_shapes("coupling_layer")
 def _(
     x: Tensor,
     context: Tensor | None,
@@ -203,7 +266,7 @@ def _(
     return y, log_det, _hidden(x, weights), x.new_empty(x.shape[0], weights[-1].shape[0])
 
 
-@torch.library.register_fake("geco_fast::coupling_layer_backward", lib=LIBRARY)
+@_shapes("coupling_layer_backward")
 def _(
     x: Tensor,
     context: Tensor | None,
@@ -219,7 +282,7 @@ def _(
     ]
 
 
-@torch.library.register_fake("geco_fast::coupling_mlp_backward", lib=LIBRARY)
+@_shapes("coupling_mlp_backward")
 def _(
     x: Tensor,
     weights: list[Tensor],
@@ -234,14 +297,14 @@ def _(
     return [_gradient(like, needed) for like, needed in zip(inputs, wanted, strict=True)]
 
 
-@torch.library.register_fake("geco_fast::gaussian_latent", lib=LIBRARY)
+@_shapes("gaussian_latent")
 def _(
     q_mean: Tensor, q_log_std: Tensor, p_mean: Tensor, p_log_std: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     return reference.gaussian_latent(q_mean, q_log_std, p_mean, p_log_std, noise)
 
 
-@torch.library.register_fake("geco_fast::gaussian_latent_backward", lib=LIBRARY)
+@_shapes("gaussian_latent_backward")
 def _(
     q_mean: Tensor,
     q_log_std: Tensor,
@@ -256,7 +319,7 @@ def _(
     return tuple(_gradient(like, bool(needs >> k & 1)) for k, like in enumerate(inputs))
 
 
-@torch.library.register_fake("geco_fast::geco_update", lib=LIBRARY)
+@_shapes("geco_update")
 def _(
     c_hat: Tensor, ema: Tensor, log_lambda: Tensor, step: Tensor, *options: object
 ) -> tuple[Tensor, Tensor]:
@@ -267,7 +330,7 @@ def _(
     return c_hat.new_empty((), dtype=dtype), slope
 
 
-@torch.library.register_fake("geco_fast::equilibrium_map", lib=LIBRARY)
+@_shapes("equilibrium_map")
 def _(
     x: Tensor, psi: Tensor, beta: Tensor, log_prior: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +340,7 @@ def _(
     return mapped, x.new_empty(x.shape[0], dtype=dtype), psi.new_empty(psi.shape[0], dtype=dtype)
 
 
-@torch.library.register_fake("geco_fast::equilibrium_map_backward", lib=LIBRARY)
+@_shapes("equilibrium_map_backward")
 def _(
     x: Tensor,
     psi: Tensor,
@@ -297,12 +360,12 @@ def _(
     return grads[0], grads[1], grads[2], grads[3]
 
 
-@torch.library.register_fake("geco_fast::lstm_gates", lib=LIBRARY)
+@_shapes("lstm_gates")
 def _(gates: Tensor, c: Tensor, forget_bias: float) -> tuple[Tensor, Tensor]:
     return reference.lstm_gates(gates, c, forget_bias=forget_bias)
 
 
-@torch.library.register_fake("geco_fast::lstm_gates_backward", lib=LIBRARY)
+@_shapes("lstm_gates_backward")
 def _(
     gates: Tensor,
     c: Tensor,
@@ -314,34 +377,34 @@ def _(
 
 
 # A gradient that isn't wanted comes back as an empty tensor.
-LIBRARY.define(
+_define(
     "pncc(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, float eps, "
     "str reduction) -> Tensor"
 )
-LIBRARY.define(
+_define(
     "pncc_backward(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, float eps, "
     "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
 )
 # A sum or mean, and its gradients in the dtype of the arithmetic.
-LIBRARY.define(
+_define(
     "pncc_with_gradients(Tensor x, Tensor y, int[1] patch_size, int[1] stride, str channels, "
     "float eps, str reduction, bool wants_x, bool wants_y) -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "lncc(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, str reduction) "
     "-> Tensor"
 )
-LIBRARY.define(
+_define(
     "lncc_backward(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, "
     "str reduction, Tensor grad, bool wants_x, bool wants_y) -> (Tensor, Tensor)"
 )
-LIBRARY.define(
+_define(
     "lncc_with_gradients(Tensor x, Tensor y, int kernel_size, float smooth_nr, float smooth_dr, "
     "str reduction, bool wants_x, bool wants_y) -> (Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.register_fake("geco_fast::pncc", lib=LIBRARY)
+@_shapes("pncc")
 def _(
     x: Tensor,
     y: Tensor,
@@ -357,7 +420,7 @@ def _(
     return reference.pncc(x, y, size, stride=step, channels=channels, eps=eps, reduction=reduction)
 
 
-@torch.library.register_fake("geco_fast::lncc", lib=LIBRARY)
+@_shapes("lncc")
 def _(
     x: Tensor, y: Tensor, kernel_size: int, smooth_nr: float, smooth_dr: float, reduction: str
 ) -> Tensor:
@@ -366,7 +429,7 @@ def _(
     )
 
 
-@torch.library.register_fake("geco_fast::pncc_backward", lib=LIBRARY)
+@_shapes("pncc_backward")
 def _(
     x: Tensor,
     y: Tensor,
@@ -382,7 +445,7 @@ def _(
     return _gradient(x, wants_x), _gradient(y, wants_y)
 
 
-@torch.library.register_fake("geco_fast::lncc_backward", lib=LIBRARY)
+@_shapes("lncc_backward")
 def _(
     x: Tensor,
     y: Tensor,
@@ -397,20 +460,20 @@ def _(
     return _gradient(x, wants_x), _gradient(y, wants_y)
 
 
-@torch.library.register_fake("geco_fast::pncc_with_gradients", lib=LIBRARY)
-@torch.library.register_fake("geco_fast::lncc_with_gradients", lib=LIBRARY)
+@_shapes("pncc_with_gradients")
+@_shapes("lncc_with_gradients")
 def _(x: Tensor, y: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
     *_, wants_x, wants_y = options
     wide_x, wide_y = widen(x, y)
     return _row_sums(x), _gradient(wide_x, bool(wants_x)), _gradient(wide_y, bool(wants_y))
 
 
-@torch.library.register_fake("geco_fast::squared_error", lib=LIBRARY)
+@_shapes("squared_error")
 def _(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     return _row_sums(x)
 
 
-@torch.library.register_fake("geco_fast::squared_error_backward", lib=LIBRARY)
+@_shapes("squared_error_backward")
 def _(
     x: Tensor, y: Tensor, reduction: str, grad: Tensor, needs_x: bool, needs_y: bool
 ) -> tuple[Tensor, Tensor]:
@@ -419,25 +482,23 @@ def _(
 
 # Convolutions in Winograd's domain. The weight's transform, or its form for the gradients to the
 # inputs.
-LIBRARY.define(
+_define(
     "winograd_weight(Tensor weight, int split, int blocks, int height, int width, bool transposed) "
     "-> Tensor"
 )
-LIBRARY.define(
+_define(
     "winograd_weight_backward(Tensor grad, int out_channels, int in_channels, int kernel, "
     "int split, int blocks, int height, int width) -> Tensor"
 )
-LIBRARY.define(
-    "winograd_conv2d(Tensor x, Tensor weight, Tensor transformed, Tensor? bias) -> Tensor"
-)
+_define("winograd_conv2d(Tensor x, Tensor weight, Tensor transformed, Tensor? bias) -> Tensor")
 # The next state, and the pre-activations, if they are to be kept.
-LIBRARY.define(
+_define(
     "winograd_step(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor transformed, Tensor? bias, "
     "Tensor? x_projection, float forget_bias, bool keep) -> (Tensor, Tensor, Tensor)"
 )
 # Gradients to both sources, the transformed weight and the bias. That to the transformed weight is
 # added to `total`, if it is given, and an empty tensor returned in its place.
-LIBRARY.define(
+_define(
     "winograd_backward(Tensor grad, Tensor? x, Tensor? h, Tensor weight, Tensor transposed, "
     "int blocks, int wanted, Tensor(a!)? total=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -476,24 +537,77 @@ def _winograd_values(
     return points * (rows[0] + 1) * 32, points * (rows[1] + 1) * 32
 
 
-@torch.library.register_fake("geco_fast::winograd_weight", lib=LIBRARY)
+# The step as one kernel; the same and the pre-activations; from their gradient, those to x, h,
+# weight and bias.
+_define(
+    "conv_lstm_step(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor? bias, "
+    "Tensor? x_projection, float forget_bias) -> (Tensor, Tensor)"
+)
+_define(
+    "conv_lstm_step_with_gates(Tensor? x, Tensor h, Tensor c, Tensor weight, Tensor? bias, "
+    "Tensor? x_projection, float forget_bias) -> (Tensor, Tensor, Tensor)"
+)
+_define(
+    "conv_lstm_step_backward(Tensor grad, Tensor? x, Tensor h, Tensor weight, int wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@_shapes("conv_lstm_step")
+def _conv_lstm_step(
+    x: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_projection: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    return reference.conv_lstm_step(x, h, c, weight, bias, x_projection=x_projection)
+
+
+def _pre_activations(h: Tensor) -> Tensor:
+    """Memory for them, channels innermost."""
+    batch, channels, height, width = h.shape
+    return h.new_empty(batch, height, width, 4 * channels).permute(0, 3, 1, 2)
+
+
+@_shapes("conv_lstm_step_with_gates")
+def _(
+    x: Tensor | None, h: Tensor, c: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_conv_lstm_step(x, h, c, weight, *others), _pre_activations(h)
+
+
+@_shapes("conv_lstm_step_backward")
+def _(grad: Tensor, x: Tensor | None, h: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, ...]:
+    bias = weight.new_empty(weight.shape[0])
+    return tuple(
+        grad.new_empty(0, dtype=torch.float32)
+        if like is None
+        else _gradient(like, bool(wanted >> k & 1))
+        for k, like in enumerate((x, h, weight, bias))
+    )
+
+
+@_shapes("winograd_weight")
 def _(weight: Tensor, split: int, blocks: int, height: int, width: int, transposed: bool) -> Tensor:
     outputs, inputs, kernel, _ = weight.shape
     values = _winograd_values(inputs, split, outputs, blocks, kernel, height, width)
     return weight.new_empty(values[transposed])
 
 
-@torch.library.register_fake("geco_fast::winograd_weight_backward", lib=LIBRARY)
+@_shapes("winograd_weight_backward")
 def _(grad: Tensor, out_channels: int, in_channels: int, kernel: int, *form: int) -> Tensor:
     return grad.new_empty(out_channels, in_channels, kernel, kernel)
 
 
-@torch.library.register_fake("geco_fast::winograd_conv2d", lib=LIBRARY)
+@_shapes("winograd_conv2d")
 def _(x: Tensor, weight: Tensor, transformed: Tensor, bias: Tensor | None) -> Tensor:
     return reference.conv2d(x, weight, bias)
 
 
-@torch.library.register_fake("geco_fast::winograd_step", lib=LIBRARY)
+@_shapes("winograd_step")
 def _(
     x: Tensor | None,
     h: Tensor,
@@ -505,16 +619,11 @@ def _(
     forget_bias: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operands = (x, h, c, weight, bias)
-    h_next, c_next = reference.conv_lstm_step(*operands, x_projection=x_projection)
-    batch, channels, height, width = h.shape
-    gates = h.new_empty(0)
-    if keep:
-        gates = h.new_empty(batch, height, width, 4 * channels).permute(0, 3, 1, 2)
-    return h_next, c_next, gates
+    h_next, c_next = _conv_lstm_step(x, h, c, weight, bias, x_projection, forget_bias)
+    return h_next, c_next, _pre_activations(h) if keep else h.new_empty(0)
 
 
-@torch.library.register_fake("geco_fast::winograd_backward", lib=LIBRARY)
+@_shapes("winograd_backward")
 def _(
     grad: Tensor,
     x: Tensor | None,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; asked for before the first
+# is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from geco_fast._backend import BACKENDS, unavailable_reason
 from geco_fast.testing.calls import instruction_set
@@ -41,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if mallopt is not None:
         m_perturb = -6
         mallopt(m_perturb, 0x100)
+    if torch.cuda.is_available():
+        # On a GPU it is PyTorch that fills it, in this mode.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,7 +15,8 @@ from marks import needs_library
 from torch import Tensor
 
 import geco_fast as gf
-from geco_fast._backend import LIBRARY, _resolve_once, select
+from geco_fast import _backend
+from geco_fast._backend import LIBRARY, ON_REQUEST, _resolve, _resolve_once, select
 from geco_fast._registry import KERNELS
 
 
@@ -32,7 +33,11 @@ def test_auto_takes_the_kernel(operands: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_explicit_choice_never_falls_back(backend: str, operands: tuple[Tensor, Tensor]) -> None:
+def test_explicit_choice_never_falls_back(
+    backend: str, operands: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _resolve_once.cache_clear()
     with pytest.raises(gf.BackendUnavailable, match=f"'{backend}' is unavailable: .*; "):
         gf.ops.lstm_gates(*operands, backend=backend)
     with gf.use_backend(backend), pytest.raises(gf.BackendUnavailable):
@@ -126,7 +131,7 @@ compiled = torch.compile(gf.ops.lstm_gates, fullgraph=True, backend="aot_eager")
 gates, c = torch.randn(2, 12, 3), torch.randn(2, 3, 3)
 compiled(gates, c)
 try:
-    with gf.use_backend("triton"):
+    with gf.use_backend("cuda"):
         compiled(gates, c)
 except Exception as error:
     print("refused", "BackendUnavailable" in repr(error))
@@ -234,3 +239,28 @@ print(select("lstm_gates", gates, "auto"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == f"{backend}\n", done.stderr
+
+
+@pytest.mark.parametrize(("operator", "backend"), sorted(ON_REQUEST))
+def test_only_an_explicit_choice_takes_what_is_on_request(
+    operator: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setitem(KERNELS, operator, {backend: (torch.float32,)})
+    kind = ("cuda", torch.float32)
+    assert _resolve(operator, "auto", *kind) == "reference"
+    assert _resolve(operator, backend, *kind) == backend
+    assert _resolve("lstm_gates", "auto", *kind) == "triton"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_use_backend_is_an_explicit_choice(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_backend, "_resolve_once", _resolve)
+    x = torch.ones(2, 3, dtype=dtype)
+    assert select("coupling_mlp", x, "auto") in ("cpu", "reference")
+    with gf.use_backend("triton"):
+        assert select("coupling_mlp", x, "auto") == "triton"

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from geco_fast import reference
-from geco_fast._backend import BackendUnavailable
+from geco_fast._backend import BackendUnavailable, unavailable_reason
 from geco_fast._checks import FLOATING
 from geco_fast.ops import conv2d, conv_lstm_step, prepare_weight
 from geco_fast.testing.budget import assert_within_budget
+from geco_fast.testing.calls import device
 
 
 def draw(*shape, seed=0):
@@ -90,9 +91,7 @@ def test_kernel_of_the_gates_keeps_the_accuracy_rule(dtype):
 
 
 def test_an_explicit_backend_without_a_kernel_is_refused():
-    (h, c), weight = state(), draw(12, 3, 3, 3)
-    with pytest.raises(BackendUnavailable, match=r"conv_lstm_step: backend 'triton'"):
-        conv_lstm_step(None, h, c, weight, backend="triton")
+    (h, _), weight = state(), draw(12, 3, 3, 3)
     with pytest.raises(BackendUnavailable, match=r"conv2d: backend 'triton'"):
         conv2d(h, weight, backend="triton")
 
@@ -431,3 +430,89 @@ def test_operators_of_winograds_domain_pass_opcheck():
     opcheck(ops.winograd_backward.default, (gates, *detached, forms[1], 4, 15, total))
     both = torch.cat([x, h], 1).detach().requires_grad_()
     opcheck(ops.winograd_conv2d.default, (both, weight, single, wide(64, seed=6)))
+
+
+# As one kernel of Triton's.
+
+needs_triton = pytest.mark.skipif(
+    bool(unavailable_reason("triton")), reason=unavailable_reason("triton")
+)
+
+
+def leaves_on_triton(inputs, channels, batch, spatial, kernel, dtype=torch.float64):
+    """x, h, c, weight and bias, where Triton takes them."""
+    (h, c), x = state(batch, channels, spatial), draw(batch, inputs, *spatial)
+    weight = 0.3 * draw(4 * channels, inputs + channels, *kernel, seed=3)
+    operands = (x, h, c, weight, draw(4 * channels, seed=4))
+    return [t.to(device("triton"), dtype).requires_grad_() for t in operands]
+
+
+def results_and_gradients(leaves, weight=None, **options):
+    x, h, c, own, bias = leaves
+    results = conv_lstm_step(x, h, c, own if weight is None else weight, bias, **options)
+    return *results, *torch.autograd.grad([out.sin().sum() for out in results], leaves)
+
+
+@needs_triton
+@pytest.mark.parametrize("large", [True, False])
+def test_triton_takes_large_problems_in_large_tiles_and_in_parts(large, monkeypatch):
+    import triton.language as tl
+
+    from geco_fast.kernels import conv_lstm as kernels
+
+    if large:
+        monkeypatch.setattr(kernels, "BUSY", 1)
+    else:
+        monkeypatch.setattr(kernels, "FEWEST_PIXELS", 16)
+        monkeypatch.setattr(kernels, "SUMMANDS", {8: 16})
+        monkeypatch.setattr(kernels, "index_type", lambda *_: tl.int64)
+    leaves = leaves_on_triton(2, 17, 2, (8, 5), (1, 3), torch.float32 if large else torch.float64)
+    found = results_and_gradients(leaves, forget_bias=1.0, backend="triton")
+    wanted = results_and_gradients(leaves, forget_bias=1.0, backend="reference")
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4 if large else 1e-9, atol=1e-5)
+
+
+@needs_triton
+def test_triton_takes_prepared_weights_and_any_algorithm_but_winograds():
+    leaves = leaves_on_triton(2, 3, 1, (4, 3), (3, 3))
+    prepared = prepare_weight(leaves[3], (4, 3), backend="triton")
+    assert prepared.transformed is None
+    plain = results_and_gradients(leaves, backend="triton")
+    for again in (
+        results_and_gradients(leaves, prepared, backend="triton"),
+        results_and_gradients(leaves, algorithm="direct", backend="triton"),
+    ):
+        for ours, theirs in zip(again, plain, strict=True):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(BackendUnavailable, match="'winograd' is unavailable"):
+        results_and_gradients(leaves, algorithm="winograd", backend="triton")
+
+
+@needs_triton
+def test_triton_gives_only_the_gradients_that_are_wanted():
+    leaves = leaves_on_triton(2, 3, 1, (3, 3), (3, 1))
+    whole = conv_lstm_step(*leaves, backend="triton")
+    all_found = torch.autograd.grad([out.sum() for out in whole], leaves)
+    for k, leaf in enumerate(leaves):
+        alone = [tensor.detach() for tensor in leaves]
+        alone[k] = leaf
+        results = conv_lstm_step(*alone, backend="triton")
+        (found,) = torch.autograd.grad([out.sum() for out in results], leaf)
+        assert torch.equal(found, all_found[k])
+
+
+@needs_triton
+def test_tritons_operators_pass_opcheck():
+    from torch.library import opcheck
+
+    ops = torch.ops.geco_fast
+    leaves = leaves_on_triton(2, 3, 1, (3, 3), (3, 1), torch.float32)
+    x, h, _, weight, _ = leaves
+    opcheck(ops.conv_lstm_step_with_gates.triton, (*leaves, None, 1.0))
+    _, _, gates = ops.conv_lstm_step_with_gates.triton(*leaves, None, 1.0)
+    for source, wanted in ((x.detach(), 15), (None, 6)):
+        given = weight.detach()[:, 0 if source is not None else 2 :]
+        opcheck(
+            ops.conv_lstm_step_backward.triton, (gates.detach(), source, h.detach(), given, wanted)
+        )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 import geco_fast as gf
+from geco_fast._backend import interprets, unavailable_reason
 from geco_fast._checks import FLOATING
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import REDRAWS, Budget, draws
@@ -19,6 +22,7 @@ from geco_fast.testing.calls import (
     Expected,
     backends,
     cast,
+    device,
     expect_gradients,
     expect_results,
     gradients,
@@ -33,9 +37,24 @@ from geco_fast.testing.guards import Guards
 def over(
     chosen: list[Case], dtypes: Sequence[torch.dtype] = (torch.float32,), kernels_only: bool = False
 ) -> pytest.MarkDecorator:
-    """Run a test over cases, dtypes and the backends that serve them."""
+    """Run a test over cases, dtypes and the backends that serve them.
+
+    Triton's interpreter takes a thousand times longer than a kernel: the quick suite has small
+    cases in float32.
+    """
+
+    def marks(case: Case, dtype: torch.dtype, backend: str) -> list[pytest.MarkDecorator]:
+        if backend != "triton" or not interprets():
+            return []
+        large = sum(map(math.prod, case.shapes.values())) > 4096
+        return [pytest.mark.slow] if large or dtype != torch.float32 else []
+
     rows = [
-        pytest.param(case, dtype, backend, id=f"{case}-{str(dtype)[6:]}-{backend}")
+        pytest.param(
+            *(case, dtype, backend),
+            id=f"{case}-{str(dtype)[6:]}-{backend}",
+            marks=marks(case, dtype, backend),
+        )
         for case in chosen
         for dtype in dtypes
         if dtype in case.dtypes
@@ -45,16 +64,21 @@ def over(
     return pytest.mark.parametrize(("case", "dtype", "backend"), rows, indirect=["backend"])
 
 
-# Operators whose kernels have cases of their own; the others of theirs are PyTorch's convolution.
+# Operators with cases that the CPU's kernels alone serve; the others of theirs are PyTorch's
+# convolution there.
 APART = {case.operator for case in cases() if case.kernel_options}
 FEW = range(4)
 
 
 def served_by(case: Case, dtype: torch.dtype) -> list[str]:
-    """Backends of a case; where a kernel has cases of its own, one level stands for all others."""
+    """Backends of a case; where the CPU has cases of its own, one level stands for all others."""
     found = backends(case.operator, dtype)
-    alone = case.kernel_options or case.operator not in APART
-    return found if alone else [*found[:1], *found[1:][-1:]]
+    if case.operator not in APART:
+        return found
+    if case.kernel_options:
+        return [backend for backend in found if backend != "triton"]
+    levels = [backend for backend in found if backend.startswith("cpu")]
+    return [backend for backend in found if backend not in levels[:-1]]
 
 
 ALL = over(cases(), FLOATING)
@@ -69,15 +93,22 @@ def for_compilation() -> list:
         small = cases(operator, "small")
         for case in small:
             slow = [] if case in (small[0], small[-1]) else [pytest.mark.slow]
-            rows.append(pytest.param(case, id=str(case), marks=slow))
+            rows.append(pytest.param(case, "auto", id=str(case), marks=slow))
+            if "triton" in backends(operator, torch.float64):
+                more = slow if case == small[0] else [pytest.mark.slow]
+                rows.append(pytest.param(case, "triton", id=f"{case}-triton", marks=more))
     return rows
 
 
-def seeds(backend: str, judged: Sequence[Tensor], operands: Tensors) -> range:
+def seeds(case: Case, backend: str, judged: Sequence[Tensor], operands: Tensors) -> range:
     """Draws of a case, enough for the smallest result; the reference against itself needs one.
 
     Where few results are made of many values, a draw is long and luck small.
     """
+    if backend == "triton" and interprets():
+        return range(2)
+    if case.operator in APART:
+        return FEW
     if backend == "reference":
         return range(1)
     volume = sum(tensor.numel() for tensor in operands.values())
@@ -120,8 +151,11 @@ def check_draws(
     ``draw(seed, drawn)`` appends the result under test, the reference's and the exact one by name.
     """
     drawn: Drawn = {}
-    for more in (seeds, range(seeds.stop, REDRAWS))[: 1 if len(seeds) >= REDRAWS else 2]:
-        for seed in more:
+    stops = [len(seeds)]
+    while stops[-1] < REDRAWS:
+        stops.append(min(4 * stops[-1], REDRAWS))
+    for done, stop in pairwise((0, *stops)):
+        for seed in range(done, stop):
             draw(seed, drawn)
         budgets = []
         for name, draws_of_it in drawn.items():
@@ -148,7 +182,7 @@ def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
         exact, same = expected_results(str(case), dtype, seed)
         # What requires grad may go another way.
         for names in ((), case.gradient_names()):
-            guards = Guards()
+            guards = Guards(device(backend))
             placed = guards.place_all(case.arguments(case.tensors(dtype, seed)))
             results = named_results(case, require_grad(names, placed), backend)
             guards.check(written=[placed[name] for name in case.written])
@@ -161,7 +195,7 @@ def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
                 drawn.setdefault(key, []).append((result, same[name], exact[name]))
 
     made = case.tensors(torch.float32)
-    enough = FEW if case.operator in APART else seeds(backend, case.define(made), made)
+    enough = seeds(case, backend, case.define(made), made)
     check_draws(draw, enough, gradient=False, bound=bound(case, backend))
 
 
@@ -169,7 +203,7 @@ def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
 def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     def draw(seed: int, drawn: Drawn, used: tuple[int, ...]) -> None:
         upstream, (exact, same) = expected_gradients(str(case), dtype, seed, used)
-        guards = Guards()
+        guards = Guards(device(backend))
         tensors = guards.place_all(case.tensors(dtype, seed))
         actual = named_gradients(case, tensors, guards.place_all(upstream), backend)
         guards.check(written=[tensors[name] for name in case.written])
@@ -186,7 +220,7 @@ def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     made = case.tensors(torch.float32)
     count = len(case.define(made))
     judged = [made[name] for name in case.gradient_names()]
-    enough = FEW if case.operator in APART else seeds(backend, judged, made)
+    enough = seeds(case, backend, judged, made)
     # Every result at once, then each alone: autograd leaves the others' gradients out.
     for used in (tuple(range(count)), *((k,) for k in range(count) if count > 1)):
         check_draws(
@@ -196,7 +230,7 @@ def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 @over(KERNEL_CASES, kernels_only=True)
 def test_layout_is_pytorchs(case: Case, dtype: torch.dtype, backend: str) -> None:
-    tensors = case.tensors(dtype)
+    tensors = Guards(device(backend)).place_all(case.tensors(dtype))
     for result, expected in zip(case.run(tensors, backend), case.define(tensors), strict=True):
         assert result.shape == expected.shape
         if result.numel():
@@ -211,7 +245,7 @@ def test_layout_is_pytorchs(case: Case, dtype: torch.dtype, backend: str) -> Non
 @SMALL
 def test_gradcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
     names = case.gradient_names()
-    tensors = require_grad(names, case.tensors(dtype))
+    tensors = require_grad(names, Guards(device(backend)).place_all(case.tensors(dtype)))
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         state = {name: tensors[name].clone() for name in case.written}
@@ -224,23 +258,36 @@ def test_gradcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in KERNEL_CASES if hasattr(torch.ops.geco_fast, c.operator)], ids=str
-)
-def test_opcheck(case: Case) -> None:
-    tensors = case.tensors(torch.float32)
+def overloads() -> list:
+    """Cases of operators that torch knows, each with the overloads that can run here."""
+    rows = []
+    for case in KERNEL_CASES:
+        packet = getattr(torch.ops.geco_fast, case.operator, None)
+        for name in () if packet is None else packet.overloads():
+            triton = name == "triton"
+            large = sum(map(math.prod, case.shapes.values())) > 4096
+            marks = [pytest.mark.slow] if triton and interprets() and large else []
+            if not (triton and (case.kernel_options or unavailable_reason("triton"))):
+                rows.append(pytest.param(case, name, id=f"{case}-{name}", marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize(("case", "overload"), overloads())
+def test_opcheck(case: Case, overload: str) -> None:
+    tensors = Guards(device(overload)).place_all(case.tensors(torch.float32))
     public = inspect.signature(getattr(gf.ops, case.operator)).parameters
     arguments = {name: parameter.default for name, parameter in public.items()}
     arguments |= {**(case.adapt(tensors) if case.adapt else tensors), **case.options}
-    operator = getattr(torch.ops.geco_fast, case.operator).default
+    operator = getattr(getattr(torch.ops.geco_fast, case.operator), overload)
     values = []
     for argument in operator._schema.arguments:
         value = arguments[argument.name]
         if isinstance(value, list):
             # A list of tensors can't hold None: an empty one stands for it.
-            value = [torch.empty(0) if each is None else each for each in value]
+            first = next(iter(tensors.values()))
+            value = [first.new_empty(0) if each is None else each for each in value]
         as_tensor = isinstance(value, float) and str(argument.type) == "Tensor"
-        values.append(torch.tensor(value) if as_tensor else value)
+        values.append(torch.tensor(value, device=device(overload)) if as_tensor else value)
     # Tracing takes a second a case and sees shapes alone.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     traced = ("test_aot_dispatch_dynamic",) if "small" in case.tags else ()
@@ -248,14 +295,14 @@ def test_opcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", for_compilation())
-def test_compiles_whole(case: Case, dynamic: bool) -> None:
+@pytest.mark.parametrize(("case", "backend"), for_compilation())
+def test_compiles_whole(case: Case, backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
-    made = case.tensors(torch.float64)
+    made = Guards(device(backend)).place_all(case.tensors(torch.float64))
 
-    def gradients_through(run: Callable[[Tensors], tuple[Tensor, ...]]) -> list[Tensor]:
+    def gradients_through(run: Callable[[Tensors, str], tuple[Tensor, ...]]) -> list[Tensor]:
         tensors = require_grad(case.gradient_names(), cast(made, torch.float64))
-        results = run(tensors)
+        results = run(tensors, backend)
         leaves = [tensors[name] for name in case.gradient_names()]
         return [*results, *gradients(results, leaves, results)]
 
@@ -295,7 +342,8 @@ def test_transforms(case: Case) -> None:
 
 @over(KERNEL_CASES, kernels_only=True)
 def test_deterministic(case: Case, dtype: torch.dtype, backend: str, two_threads: None) -> None:
-    runs = [case.run(case.tensors(dtype), backend) for _ in range(2)]
+    placed = [Guards(device(backend)).place_all(case.tensors(dtype)) for _ in range(2)]
+    runs = [case.run(tensors, backend) for tensors in placed]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Every operator with kernels on random calls, at every instruction-set level."""
+"""Every operator with kernels on random calls: Triton's, and every instruction set's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from geco_fast import ops
+from geco_fast._backend import interprets
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import FEWEST_ELEMENTS, REDRAWS, Budget
 from geco_fast.testing.calls import (
     Expected,
     backends,
     cast,
+    device,
     expect_gradients,
     expect_results,
     instruction_set,
@@ -203,7 +205,7 @@ def draw_results(
     guards = Guards()
     like = named_results(case, guards.place_all(arguments))
     for backend in served_by:
-        guards = Guards()
+        guards = Guards(device(backend))
         placed = guards.place_all(arguments)
         with instruction_set(backend) as name:
             results = named_results(case, placed, name)
@@ -233,7 +235,7 @@ def draw_gradients(
         example, seed, lambda tensors: expect_gradients(case, tensors, incoming, example.wanted)
     )
     for backend in served_by:
-        guards = Guards()
+        guards = Guards(device(backend))
         placed, upstream = guards.place_all((tensors, incoming))
         with instruction_set(backend) as name:
             found = named_gradients(case, placed, upstream, name, example.wanted)
@@ -252,12 +254,19 @@ def without_layouts(example: Example) -> Example:
     return replace(example, case=replace(example.case, layout="contiguous"))
 
 
-def check(example: Example) -> None:
-    served_by = backends(example.case.operator, example.dtype)
-    if served_by == ["reference"]:
+def as_plain_call(example: Example) -> Example:
+    """The example without the ways that the CPU's kernels alone have."""
+    return replace(example, case=replace(example.case, kernel_options={}, bound=None))
+
+
+def check(example: Example, kernels: str) -> None:
+    if kernels == "triton":
+        example = as_plain_call(example)
+    found = backends(example.case.operator, example.dtype)
+    served_by = [backend for backend in found if backend.startswith(kernels)]
+    if not served_by:
         # PyTorch's products of bfloat16 read the gaps between rows on processors with AMX.
-        example = without_layouts(example)
-    served_by = served_by[1:] or served_by
+        example, served_by = without_layouts(example), ["reference"]
     for draw in (draw_results, draw_gradients):
         judge = Judge(example.case.bound)
         draw(example, example.seed, served_by, judge, careful=False)
@@ -278,18 +287,41 @@ def check(example: Example) -> None:
             budget.check()
 
 
-@pytest.mark.parametrize("operator", sorted(set(CALLS) & set(ops.__all__)))
+OPERATORS = sorted(set(CALLS) & set(ops.__all__))
+TRITON = [operator for operator in OPERATORS if "triton" in KERNELS.get(operator, {})]
+# A call in Triton's interpreter takes a thousand times longer.
+FEW = 20
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_random_calls(operator: str, pytestconfig: pytest.Config) -> None:
     # Without kernels there is nothing to find but calls that aren't valid.
     count = pytestconfig.getoption("random_examples") if operator in KERNELS else 25
-    settings(QUICK, max_examples=count)(given(examples(operator))(check))()
+    run(operator, "cpu", settings(QUICK, max_examples=count))
+
+
+@pytest.mark.parametrize("operator", TRITON)
+def test_random_calls_triton(operator: str, pytestconfig: pytest.Config) -> None:
+    count = FEW if interprets() else pytestconfig.getoption("random_examples")
+    run(operator, "triton", settings(QUICK, max_examples=count))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", sorted(set(CALLS) & set(KERNELS)))
 def test_many_random_calls(operator: str, pytestconfig: pytest.Config) -> None:
-    seeded = hypothesis.seed(pytestconfig.getoption("random_seed"))
-    LONG(seeded(given(examples(operator))(check)))()
+    run(operator, "cpu", LONG, pytestconfig.getoption("random_seed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", TRITON)
+def test_many_random_calls_triton(operator: str, pytestconfig: pytest.Config) -> None:
+    many = settings(LONG, max_examples=5 * FEW) if interprets() else LONG
+    run(operator, "triton", many, pytestconfig.getoption("random_seed"))
+
+
+def run(operator: str, kernels: str, effort: settings, seed: int | None = None) -> None:
+    test = given(examples(operator))(lambda example: check(example, kernels))
+    effort(test if seed is None else hypothesis.seed(seed)(test))()
 
 
 def test_every_kernel_has_random_calls() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import torch
 
 from geco_fast._backend import LIBRARY
 from geco_fast._info import info
@@ -38,10 +39,10 @@ def _rivals() -> list[str]:
     return [*dict.fromkeys([*ALWAYS, *operators, *(name for m in MODULES for name in m.rivals)])]
 
 
-def _problems(names: Sequence[str], part: str) -> list[Problem]:
+def _problems(names: Sequence[str], part: str, device: str) -> list[Problem]:
     problems: list[Problem] = [
-        *(OperatorProblem(case) for case in bench_cases()),
-        *(ModuleProblem(case) for case in MODULES),
+        *(OperatorProblem(case, device) for case in bench_cases(device=device)),
+        *(ModuleProblem(case, device) for case in MODULES),
     ]
     return [p for p in problems if (not names or p.operator in names) and part in str(p)]
 
@@ -97,6 +98,18 @@ def _problems(names: Sequence[str], part: str) -> list[Problem]:
     help="Instruction set of our CPU kernels; the rivals keep theirs.  [default: the best]",
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where to measure: this processor, or the current GPU.",
+)
+@click.option(
+    "--graph",
+    is_flag=True,
+    help="Time replays of CUDA graphs instead of calls.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -122,6 +135,8 @@ def bench_command(
     seconds: float,
     patience: float,
     instruction_set: str | None,
+    device: str,
+    graph: bool,
     json_path: Path | None,
     chart_path: Path | None,
     render: bool,
@@ -130,14 +145,20 @@ def bench_command(
     if render:
         _render()
         return
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: PyTorch sees no GPU")
+    if graph and device != "cuda":
+        raise click.UsageError("--graph needs --device cuda")
     if LIBRARY is not None and instruction_set is not None:
         LIBRARY.set_instruction_set(instruction_set)
+    # Float32 is what both sides promise; convolutions on a GPU round to TF32 by default.
+    torch.backends.cudnn.allow_tf32 = False
     effort = Effort(pairs=pairs, seconds=seconds, patience=patience)
-    problems = _problems(operators, part)
+    problems = _problems(operators, part, device)
     if not problems:
         raise click.UsageError("no case has that operator and that part of a name")
     try:
-        found = _measure(problems, rivals or None, threads, effort, json_path)
+        found = _measure(problems, rivals or None, threads, effort, graph, json_path)
         if chart_path is not None:
             report.draw(report.headline(found), chart_path)
     except WrongResult as error:
@@ -152,6 +173,7 @@ def _measure(
     rivals: tuple[str, ...] | None,
     threads: tuple[int, ...],
     effort: Effort,
+    graph: bool,
     path: Path | None,
 ) -> list[results.Row]:
     """Rows of all problems; the file is written after each, so that a long run loses nothing."""
@@ -159,14 +181,14 @@ def _measure(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     earlier = results.read(path) if path is not None else results.ResultFile([], [])
-    run = results.environment()
+    run = results.environment(problems[0].device)
     found: list[results.Row] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         rounds = [(problem, count) for problem in problems for count in threads]
         for problem, count in progress.track(rounds, description="measuring"):
             progress.print(f"{problem}, threads: {count}")
-            found += compare(problem, rivals=rivals, threads=count, effort=effort)
+            found += compare(problem, rivals=rivals, threads=count, effort=effort, graph=graph)
             found = results.with_run_limits(found)
             if path is not None:
                 results.write(path, earlier.merged(run, found))

@@ -20,64 +20,66 @@ from geco_fast._registry import MAX_RANK
 from geco_fast.ops._operands import same_shape_operands
 from geco_fast.reference.affine_coupling import SCALE_MAPS
 
-_forward = torch.ops.geco_fast.affine_coupling.default
-_backward = torch.ops.geco_fast.affine_coupling_backward.default
 
+def _function(run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
 
-class _AffineCoupling(torch.autograd.Function):
-    """Saves x and log_scale, and shift for the inverse: forward, no gradient depends on it."""
+    class _AffineCoupling(torch.autograd.Function):
+        """Saves x and log_scale, and shift for the inverse: forward, no gradient depends on it."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _AffineCoupling.remember(ctx, inputs)
-        with below_autograd():
-            return _forward(*inputs)
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            _AffineCoupling.remember(ctx, inputs)
+            with below_autograd():
+                return run(*inputs)
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        x, log_scale, shift, *ctx.options = inputs
-        inverse = ctx.options[0]
-        ctx.save_for_backward(x, log_scale, *((shift,) if inverse else ()))
-        ctx.set_materialize_grads(False)
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+            x, log_scale, shift, *ctx.options = inputs
+            inverse = ctx.options[0]
+            ctx.save_for_backward(x, log_scale, *((shift,) if inverse else ()))
+            ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inverse, scale_map, clamp = ctx.options
-        x, log_scale, *rest = ctx.saved_tensors
-        grad_y = grads[0]
-        needs_x, needs_log_scale, needs_shift, *_ = ctx.needs_input_grad
-        grad_shift = grad_y if needs_shift and not inverse else None
-        if wants_graph():
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            inverse, scale_map, clamp = ctx.options
+            x, log_scale, *rest = ctx.saved_tensors
+            grad_y = grads[0]
+            needs_x, needs_log_scale, needs_shift, *_ = ctx.needs_input_grad
+            grad_shift = grad_y if needs_shift and not inverse else None
+            if wants_graph():
 
-            def define(
-                x: Tensor, log_scale: Tensor, shift: Tensor | None = None
-            ) -> tuple[Tensor, Tensor]:
-                shift = torch.zeros_like(x) if shift is None else shift
-                return reference.affine_coupling(
-                    x, log_scale, shift, inverse=inverse, scale_map=scale_map, clamp=clamp
+                def define(
+                    x: Tensor, log_scale: Tensor, shift: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
+                    shift = torch.zeros_like(x) if shift is None else shift
+                    return reference.affine_coupling(
+                        x, log_scale, shift, inverse=inverse, scale_map=scale_map, clamp=clamp
+                    )
+
+                found = reference_gradients(define, (x, log_scale, *rest), grads)
+                return *found, *(() if inverse else (grad_shift,)), None, None, None
+            if grad_y is None:
+                needs_x = needs_shift = False
+            if needs_x or needs_log_scale or (needs_shift and inverse):
+                shift = rest[0] if inverse else None
+                grad_x, grad_log_scale, grad_of_shift = differentiate(
+                    *(x, log_scale, shift, inverse, scale_map, clamp, *grads),
+                    *(needs_x, needs_log_scale, needs_shift),
                 )
-
-            found = reference_gradients(define, (x, log_scale, *rest), grads)
-            return *found, *(() if inverse else (grad_shift,)), None, None, None
-        if grad_y is None:
-            needs_x = needs_shift = False
-        if needs_x or needs_log_scale or (needs_shift and inverse):
-            shift = rest[0] if inverse else None
-            grad_x, grad_log_scale, grad_of_shift = _backward(
-                *(x, log_scale, shift, inverse, scale_map, clamp, *grads),
-                *(needs_x, needs_log_scale, needs_shift),
+                if needs_shift and inverse:
+                    grad_shift = grad_of_shift
+            return (
+                grad_x if needs_x else None,
+                grad_log_scale if needs_log_scale else None,
+                grad_shift,
+                *(None, None, None),
             )
-            if needs_shift and inverse:
-                grad_shift = grad_of_shift
-        return (
-            grad_x if needs_x else None,
-            grad_log_scale if needs_log_scale else None,
-            grad_shift,
-            *(None, None, None),
-        )
+
+    return _AffineCoupling
 
 
-_affine_coupling = differentiable("affine_coupling", _AffineCoupling)
+_affine_coupling = differentiable("affine_coupling", _function, "affine_coupling_backward")
 
 
 def affine_coupling(
@@ -155,16 +157,17 @@ def affine_coupling(
     if type(clamp) is not float or not clamp > 0:
         check_positive("clamp", clamp)
     x, log_scale, shift = same_shape_operands(x=x, log_scale=log_scale, shift=shift)
-    if select("affine_coupling", x, backend) == "reference":
+    chosen = select("affine_coupling", x, backend)
+    if chosen == "reference":
         return reference.affine_coupling(
             x, log_scale, shift, inverse=inverse, scale_map=scale_map, clamp=clamp
         )
     operands, shape = (x, log_scale, shift), x.shape
     if len(shape) > MAX_RANK:
-        y, log_det = _affine_coupling(
+        y, log_det = _affine_coupling[chosen](
             *(operand.flatten(MAX_RANK - 1) for operand in operands),
             *(bool(inverse), scale_map, clamp),
         )
         return y.view(shape), log_det
-    y, log_det = _affine_coupling(*operands, bool(inverse), scale_map, clamp)
+    y, log_det = _affine_coupling[chosen](*operands, bool(inverse), scale_map, clamp)
     return y, log_det

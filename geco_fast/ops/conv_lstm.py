@@ -43,6 +43,10 @@ _weight_backward = torch.ops.geco_fast.winograd_weight_backward.default
 _step = torch.ops.geco_fast.winograd_step.default
 _backward = torch.ops.geco_fast.winograd_backward.default
 _gates_backward = torch.ops.geco_fast.lstm_gates_backward.default
+_whole_step = torch.ops.geco_fast.conv_lstm_step.triton
+_whole_step_with_gates = torch.ops.geco_fast.conv_lstm_step_with_gates.triton
+_whole_step_backward = torch.ops.geco_fast.conv_lstm_step_backward.triton
+_whole_gates_backward = torch.ops.geco_fast.lstm_gates_backward.triton
 
 
 class _Shared:
@@ -188,6 +192,20 @@ class _Conv2d(torch.autograd.Function):
         return grad_x, *rest
 
 
+def _gradients_with_a_graph(
+    given: dict[str, Tensor | None], forget_bias: float, grads: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
+    """Gradients of a step to the tensors given, for gradients of gradients."""
+    present = {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def define(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named: dict[str, Any] = {"x": None, **dict(zip(present, tensors, strict=True))}
+        return reference.conv_lstm_step(**named, forget_bias=forget_bias)
+
+    gradients = reference_gradients(define, list(present.values()), grads)
+    return dict(zip(present, gradients, strict=True))
+
+
 class _Step(torch.autograd.Function):
     """Saves its inputs and the pre-activations; the inputs' transforms are made again."""
 
@@ -240,14 +258,7 @@ class _Step(torch.autograd.Function):
                 "bias": bias,
                 "x_projection": x_projection,
             }
-            present = {name: tensor for name, tensor in given.items() if tensor is not None}
-
-            def define(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-                named: dict[str, Any] = {"x": None, **dict(zip(present, tensors, strict=True))}
-                return reference.conv_lstm_step(**named, forget_bias=ctx.forget_bias)
-
-            gradients = reference_gradients(define, list(present.values()), (grad_h, grad_c))
-            found |= zip(present, gradients, strict=True)
+            found |= _gradients_with_a_graph(given, ctx.forget_bias, (grad_h, grad_c))
             return tuple(found.values())
         wanted = dict(zip(_Step.names, needed, strict=True))
         grad_gates, found["c"] = _gates_backward(gates, c, ctx.forget_bias, grad_h, grad_c)
@@ -260,9 +271,57 @@ class _Step(torch.autograd.Function):
         return tuple(found.values())
 
 
-_conv2d = differentiable("winograd_conv2d", _Conv2d)
+class _WholeStep(torch.autograd.Function):
+    """A step as one kernel; saves its inputs and the pre-activations."""
+
+    names = ("x", "h", "c", "weight", "bias", "x_projection", "forget_bias")
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd():
+            output = _whole_step_with_gates(*inputs)
+        _WholeStep.remember(ctx, inputs, output)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.forget_bias = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, gates = ctx.saved_tensors
+        found: dict[str, Tensor | None] = dict.fromkeys(_WholeStep.names)
+        grad_h, grad_c, _ = grads
+        if grad_h is None and grad_c is None:
+            return tuple(found.values())
+        given = dict(zip(_WholeStep.names, tensors, strict=False))
+        if wants_graph():
+            found |= _gradients_with_a_graph(given, ctx.forget_bias, (grad_h, grad_c))
+            return tuple(found.values())
+        x, h, c, weight, *_ = tensors
+        needed = dict(zip(_WholeStep.names, ctx.needs_input_grad, strict=True))
+        grad_gates, found["c"] = _whole_gates_backward(gates, c, ctx.forget_bias, grad_h, grad_c)
+        if needed["x_projection"]:
+            found["x_projection"] = grad_gates
+        bits = {"x": _X, "h": _H, "weight": _WEIGHT, "bias": _BIAS}
+        wanted = sum(bit for name, bit in bits.items() if needed[name])
+        if wanted:
+            gradients = _whole_step_backward(grad_gates, x, h, weight, wanted)
+            found |= (
+                (name, gradient)
+                for name, gradient in zip(bits, gradients, strict=True)
+                if needed[name]
+            )
+        return tuple(found.values())
+
+
+_conv2d = differentiable("winograd_conv2d", lambda _: _Conv2d)["cpu"]
 _transform_with_gradients = direct_apply(_Transform)
 _step_with_gradients = direct_apply(_Step)
+_whole_step_with_gradients = direct_apply(_WholeStep)
 # Dynamo gets the operators with formulas of the same parts, as in `differentiable`.
 torch.library.register_autograd(
     "geco_fast::winograd_weight",
@@ -274,6 +333,12 @@ torch.library.register_autograd(
     "geco_fast::winograd_step",
     _Step.through_operator,
     setup_context=_Step.remember,
+    lib=LIBRARY,
+)
+torch.library.register_autograd(
+    _whole_step_with_gates._name,
+    _WholeStep.backward,
+    setup_context=_WholeStep.remember,
     lib=LIBRARY,
 )
 
@@ -521,8 +586,9 @@ def conv_lstm_step(
         That serves float32 on the CPU with kernels of 3x3, 5x5 and 7x7, and "auto" takes it where
         it is faster.
     backend : {"auto", "reference", "cpu", "cuda", "triton"}
-        Which implementation serves the call. With "auto" the gates may have a kernel where the
-        step has none.
+        Which implementation serves the call. "triton" is one kernel that convolves directly and
+        applies the gates; it has to be asked for. With "auto" the gates may have a kernel where
+        the step has none.
 
     Returns
     -------
@@ -605,6 +671,8 @@ def conv_lstm_step(
             )
             if result is not None:
                 return result
+    if chosen == "triton":
+        return _step_in_one(forget_bias, **operands)
     c = operands.pop("c")
     gates = conv_lstm_gates(**operands)
     return lstm_gates(gates, c, forget_bias=forget_bias, backend=backend)
@@ -631,6 +699,29 @@ def _winograd_step(
     else:
         with below_autograd():
             h, c_next, _ = _step(*inputs)
+    return h, c_next
+
+
+def _step_in_one(
+    forget_bias: float,
+    x: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_projection: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    given = (x, h, c, weight, bias, x_projection)
+    inputs = (*given, float(forget_bias))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        compiles = torch.compiler.is_compiling()
+        call = _whole_step_with_gates if compiles else _whole_step_with_gradients
+        h, c_next, _ = call(*inputs)
+    elif torch.compiler.is_compiling():
+        h, c_next = _whole_step(*inputs)
+    else:
+        with below_autograd():
+            h, c_next = _whole_step(*inputs)
     return h, c_next
 
 

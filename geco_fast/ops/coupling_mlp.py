@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,97 +16,106 @@ from geco_fast._registry import LIBRARY
 from geco_fast.ops._operands import autocast_to_lower
 from geco_fast.reference.coupling_mlp import ACTIVATIONS
 
-_forward = torch.ops.geco_fast.coupling_mlp.default
-_with_hidden = torch.ops.geco_fast.coupling_mlp_with_hidden.default
-_backward = torch.ops.geco_fast.coupling_mlp_backward.default
-
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, projection, weights, biases, ctx.activation = inputs
     ctx.save_for_backward(output[1], x, projection, *weights, *biases)
 
 
-def _gradients(ctx: Any, needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """Gradients to x, context_projection, all weights and all biases, as far as needed."""
-    hidden, x, projection, *parameters = ctx.saved_tensors
-    count = len(parameters) // 2
-    if wants_graph():
-        given = [tensor for tensor in (x, projection, *parameters) if tensor is not None]
+def _over(run: Any, run_with_hidden: Any, differentiate: Any) -> Callable[..., Tensor]:
+    """Return what calls a backend's operators, with gradients."""
 
-        def define(x: Tensor, *rest: Tensor) -> tuple[Tensor]:
-            weights, biases = rest[-2 * count : -count], rest[-count:]
-            present = [bias if bias.numel() else None for bias in biases]
-            first = rest[0] if projection is not None else None
-            return (reference.coupling_mlp(x, first, weights, present, activation=ctx.activation),)
-
-        found = list(reference_gradients(define, given, (grad,)))
-        return found if projection is not None else [found[0], None, *found[1:]]
-    made = _backward(x, parameters[:count], ctx.activation, hidden, grad, list(needed))
-    return [each if need else None for each, need in zip(made, needed, strict=True)]
-
-
-class _CouplingMLP(torch.autograd.Function):
-    """Saves the operands and one value for each hidden unit and row.
-
-    A Function sees no tensor in a list: it takes the activation, x, context_projection, then
-    weights and biases one by one.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, activation: str, x: Tensor, projection: Tensor | None, *parameters: Tensor
-    ) -> Tensor:
+    def gradients(ctx: Any, needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+        """Gradients to x, context_projection, all weights and all biases, as far as needed."""
+        hidden, x, projection, *parameters = ctx.saved_tensors
         count = len(parameters) // 2
-        inputs = (x, projection, list(parameters[:count]), list(parameters[count:]), activation)
-        with below_autograd():
-            output = _with_hidden(*inputs)
+        if wants_graph():
+            given = [tensor for tensor in (x, projection, *parameters) if tensor is not None]
+
+            def define(x: Tensor, *rest: Tensor) -> tuple[Tensor]:
+                weights, biases = rest[-2 * count : -count], rest[-count:]
+                present = [bias if bias.numel() else None for bias in biases]
+                first = rest[0] if projection is not None else None
+                activation = ctx.activation
+                return (reference.coupling_mlp(x, first, weights, present, activation=activation),)
+
+            found = list(reference_gradients(define, given, (grad,)))
+            return found if projection is not None else [found[0], None, *found[1:]]
+        made = differentiate(x, parameters[:count], ctx.activation, hidden, grad, list(needed))
+        return [each if need else None for each, need in zip(made, needed, strict=True)]
+
+    class _CouplingMLP(torch.autograd.Function):
+        """Saves the operands and one value for each hidden unit and row.
+
+        A Function sees no tensor in a list: it takes the activation, x, context_projection, then
+        weights and biases one by one.
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any, activation: str, x: Tensor, projection: Tensor | None, *parameters: Tensor
+        ) -> Tensor:
+            count = len(parameters) // 2
+            inputs = (x, projection, list(parameters[:count]), list(parameters[count:]), activation)
+            with below_autograd():
+                output = run_with_hidden(*inputs)
+            _remember(ctx, inputs, output)
+            return output[0]  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return None, *gradients(ctx, ctx.needs_input_grad[1:], grad)
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _remember(ctx, inputs, output)
-        return output[0]  # type: ignore[no-any-return]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, ctx.needs_input_grad[1:], grad)
+    def through_lists(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
+        x, projection, weights, biases, _ = ctx.needs_input_grad
+        found = gradients(ctx, (x, projection, *weights, *biases), grad)
+        count = len(weights)
+        return *found[:2], found[2 : 2 + count], found[2 + count :], None
+
+    # Dynamo gets the operator with a formula of the same parts, as in `differentiable`.
+    torch.library.register_autograd(
+        run_with_hidden._name, through_lists, setup_context=set_up, lib=LIBRARY
+    )
+    with_gradients = direct_apply(_CouplingMLP)
+
+    def call(
+        x: Tensor,
+        projection: Tensor | None,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        activation: str,
+    ) -> Tensor:
+        """Call the operator, and keep the hidden layers where a gradient will need them."""
+        inputs = (x, projection, weights, biases, activation)
+        operands = (x, projection, *weights, *biases)
+        needs = (t is not None and t.requires_grad for t in operands)
+        wanted = torch.is_grad_enabled() and any(needs)
+        if torch.compiler.is_compiling():
+            return run_with_hidden(*inputs)[0] if wanted else run(*inputs)  # type: ignore[no-any-return]
+        if wanted:
+            return with_gradients(activation, *operands)  # type: ignore[no-any-return]
+        with below_autograd():
+            return run(*inputs)  # type: ignore[no-any-return]
+
+    return call
 
 
-_with_gradients = direct_apply(_CouplingMLP)
-
-
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _remember(ctx, inputs, output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _through_lists(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
-    x, projection, weights, biases, _ = ctx.needs_input_grad
-    found = _gradients(ctx, (x, projection, *weights, *biases), grad)
-    count = len(weights)
-    return *found[:2], found[2 : 2 + count], found[2 + count :], None
-
-
-# Dynamo gets the operator with a formula of the same parts, as in `differentiable`.
-torch.library.register_autograd(
-    "geco_fast::coupling_mlp_with_hidden", _through_lists, setup_context=_set_up, lib=LIBRARY
+_operators = (
+    torch.ops.geco_fast.coupling_mlp,
+    torch.ops.geco_fast.coupling_mlp_with_hidden,
+    torch.ops.geco_fast.coupling_mlp_backward,
 )
-
-
-def _call(
-    x: Tensor,
-    projection: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    activation: str,
-) -> Tensor:
-    """Call the operator, and keep the hidden layers where a gradient will need them."""
-    inputs = (x, projection, weights, biases, activation)
-    operands = (x, projection, *weights, *biases)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if torch.compiler.is_compiling():
-        return _with_hidden(*inputs)[0] if wanted else _forward(*inputs)  # type: ignore[no-any-return]
-    if wanted:
-        return _with_gradients(activation, *operands)  # type: ignore[no-any-return]
-    with below_autograd():
-        return _forward(*inputs)  # type: ignore[no-any-return]
+_library = _over(*(operator.default for operator in _operators))
+_coupling_mlp = {
+    "cpu": _library,
+    "cuda": _library,
+    "triton": _over(*(operator.triton for operator in _operators)),
+}
 
 
 def coupling_mlp(
@@ -135,7 +144,7 @@ def coupling_mlp(
     activation : {"relu", "leaky_relu", "tanh", "elu", "silu"}
         Applied between layers, never after the last; `leaky_relu` has PyTorch's slope 0.01.
     backend : {"auto", "reference", "cpu", "cuda", "triton"}
-        Which implementation serves the call.
+        Which implementation serves the call; "auto" never takes "triton".
 
     Returns
     -------
@@ -196,8 +205,9 @@ def coupling_mlp(
     x, context_projection = cast["x"], cast.get("context_projection")
     weights = [cast[f"weights[{layer}]"] for layer in range(len(weights))]
     biases = [cast.get(f"biases[{layer}]") for layer in range(len(weights))]
-    if select("coupling_mlp", x, backend) == "reference":
+    chosen = select("coupling_mlp", x, backend)
+    if chosen == "reference":
         return reference.coupling_mlp(x, context_projection, weights, biases, activation=activation)
     # An empty tensor stands for no bias.
     given = [x.new_empty(0) if bias is None else bias for bias in biases]
-    return _call(x, context_projection, weights, given, activation)
+    return _coupling_mlp[chosen](x, context_projection, weights, given, activation)

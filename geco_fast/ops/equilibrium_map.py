@@ -18,49 +18,51 @@ from geco_fast._backend import select
 from geco_fast._checks import check_alike, check_floating, check_positive, check_rank, check_shape
 from geco_fast.ops._operands import autocast_to_float32
 
-_forward = torch.ops.geco_fast.equilibrium_map.default
-_backward = torch.ops.geco_fast.equilibrium_map_backward.default
+
+def _function(run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
+
+    class _EquilibriumMap(torch.autograd.Function):
+        """Saves inputs and a value for each point or vector; backward streams once more."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            with below_autograd():
+                output = run(*inputs)
+            _EquilibriumMap.remember(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs, *output)
+            ctx.mark_non_differentiable(output[2])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            *inputs, mapped, log_normaliser, log_mass = ctx.saved_tensors
+            grads = grads[:2]
+            if all(grad is None for grad in grads):
+                return (None,) * len(inputs)
+            if wants_graph():
+                given = [tensor for tensor in inputs if tensor is not None]
+
+                def define(*given: Tensor) -> tuple[Tensor, ...]:
+                    x, psi, beta, *log_prior = given
+                    prior = log_prior[0] if log_prior else None
+                    return reference.equilibrium_map(x, psi, beta, log_prior=prior)
+
+                found = reference_gradients(define, given, grads)
+                return *found, *(None,) * (len(inputs) - len(given))
+            needed = ctx.needs_input_grad
+            wanted = sum(needed[k] << k for k in range(len(inputs)))
+            found = differentiate(*inputs, mapped, log_normaliser, log_mass, *grads, wanted)
+            return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
+
+    return _EquilibriumMap
 
 
-class _EquilibriumMap(torch.autograd.Function):
-    """Saves inputs and what has a value for each point or vector; backward streams once more."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with below_autograd():
-            output = _forward(*inputs)
-        _EquilibriumMap.remember(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, mapped, log_normaliser, log_mass = ctx.saved_tensors
-        grads = grads[:2]
-        if all(grad is None for grad in grads):
-            return (None,) * len(inputs)
-        if wants_graph():
-            given = [tensor for tensor in inputs if tensor is not None]
-
-            def define(*given: Tensor) -> tuple[Tensor, ...]:
-                x, psi, beta, *log_prior = given
-                prior = log_prior[0] if log_prior else None
-                return reference.equilibrium_map(x, psi, beta, log_prior=prior)
-
-            found = reference_gradients(define, given, grads)
-            return *found, *(None,) * (len(inputs) - len(given))
-        needed = ctx.needs_input_grad
-        wanted = sum(needed[k] << k for k in range(len(inputs)))
-        found = _backward(*inputs, mapped, log_normaliser, log_mass, *grads, wanted)
-        return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
-
-
-_equilibrium_map = differentiable("equilibrium_map", _EquilibriumMap)
+_equilibrium_map = differentiable("equilibrium_map", _function, "equilibrium_map_backward")
 
 
 def equilibrium_map(
@@ -145,9 +147,10 @@ def equilibrium_map(
     for name, tensor in cast.items():
         check_alike(name, tensor, "x", cast["x"])
     x, psi, log_prior = cast["x"], cast["psi"], cast.get("log_prior")
-    if select("equilibrium_map", x, backend) == "reference":
+    chosen = select("equilibrium_map", x, backend)
+    if chosen == "reference":
         return reference.equilibrium_map(x, psi, beta, log_prior=log_prior)
     if not isinstance(beta, Tensor):
-        beta = torch.scalar_tensor(beta, dtype=torch.float64)
-    mapped, log_normaliser, _ = _equilibrium_map(x, psi, beta, log_prior)
+        beta = torch.scalar_tensor(beta, dtype=torch.float64, device=x.device)
+    mapped, log_normaliser, _ = _equilibrium_map[chosen](x, psi, beta, log_prior)
     return mapped, log_normaliser

@@ -18,42 +18,45 @@ from geco_fast._backend import select
 from geco_fast._registry import MAX_RANK
 from geco_fast.ops._operands import same_shape_operands
 
-_forward = torch.ops.geco_fast.gaussian_latent.default
-_backward = torch.ops.geco_fast.gaussian_latent_backward.default
 # Which of the five inputs each result depends on, as bits.
 _OF_Z, _OF_KL = 0b10011, 0b01111
 
 
-class _GaussianLatent(torch.autograd.Function):
-    """Saves only its inputs."""
+def _function(run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _GaussianLatent.remember(ctx, inputs)
-        with below_autograd():
-            return _forward(*inputs)
+    class _GaussianLatent(torch.autograd.Function):
+        """Saves only its inputs."""
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            _GaussianLatent.remember(ctx, inputs)
+            with below_autograd():
+                return run(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        if wants_graph():
-            return reference_gradients(reference.gaussian_latent, inputs, grads)
-        grad_z, grad_kl = grads
-        reached = (0 if grad_z is None else _OF_Z) | (0 if grad_kl is None else _OF_KL)
-        a, b, c, d, e = ctx.needs_input_grad
-        needs = reached & (a | b << 1 | c << 2 | d << 3 | e << 4)
-        if not needs:
-            return (None,) * 5
-        found = _backward(*inputs, grad_z, grad_kl, needs)
-        return tuple([grad if needs >> k & 1 else None for k, grad in enumerate(found)])
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = ctx.saved_tensors
+            if wants_graph():
+                return reference_gradients(reference.gaussian_latent, inputs, grads)
+            grad_z, grad_kl = grads
+            reached = (0 if grad_z is None else _OF_Z) | (0 if grad_kl is None else _OF_KL)
+            a, b, c, d, e = ctx.needs_input_grad
+            needs = reached & (a | b << 1 | c << 2 | d << 3 | e << 4)
+            if not needs:
+                return (None,) * 5
+            found = differentiate(*inputs, grad_z, grad_kl, needs)
+            return tuple([grad if needs >> k & 1 else None for k, grad in enumerate(found)])
+
+    return _GaussianLatent
 
 
-_gaussian_latent = differentiable("gaussian_latent", _GaussianLatent)
+_gaussian_latent = differentiable("gaussian_latent", _function, "gaussian_latent_backward")
 
 
 def gaussian_latent(
@@ -117,10 +120,11 @@ def gaussian_latent(
     operands = same_shape_operands(
         q_mean=q_mean, q_log_std=q_log_std, p_mean=p_mean, p_log_std=p_log_std, noise=noise
     )
-    if select("gaussian_latent", operands[0], backend) == "reference":
+    chosen = select("gaussian_latent", operands[0], backend)
+    if chosen == "reference":
         return reference.gaussian_latent(*operands)
     if operands[0].dim() > MAX_RANK:
-        z, kl = _gaussian_latent(*(operand.flatten(MAX_RANK - 1) for operand in operands))
+        z, kl = _gaussian_latent[chosen](*(operand.flatten(MAX_RANK - 1) for operand in operands))
         return z.view(q_mean.shape), kl
-    z, kl = _gaussian_latent(*operands)
+    z, kl = _gaussian_latent[chosen](*operands)
     return z, kl

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geco_fast import reference
-from geco_fast._autograd import below_autograd, direct_apply
+from geco_fast._autograd import below_autograd, direct, direct_apply, operators
 from geco_fast._backend import select
 from geco_fast._checks import (
     FLOATING,
@@ -24,21 +24,22 @@ from geco_fast._checks import (
 from geco_fast.reference.geco_update import GECOOptions
 
 _STATE = (torch.float32, torch.float64)
-_step = torch.ops.geco_fast.geco_update.default
+_steps = operators("geco_update")
+_directly = {backend: direct(step) for backend, step in _steps.items()}
 
 
 class _GECOUpdate(torch.autograd.Function):
     """The penalty is linear in `c_hat`: its slope is all that backward needs, at any order."""
 
     @staticmethod
-    def forward(ctx: Any, c_hat: Tensor, others: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, c_hat: Tensor, others: tuple[Any, ...], step: Any) -> Tensor:
         with below_autograd():
-            penalty, ctx.slope = _step(c_hat, *others)
+            penalty, ctx.slope = step(c_hat, *others)
         return penalty
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.slope * grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.slope * grads[0], None, None
 
 
 _geco_update = direct_apply(_GECOUpdate)
@@ -161,7 +162,8 @@ def move_multipliers(
             f"{name} must not require grad, as it is updated in place; detach it, or call under "
             "torch.no_grad()"
         )
-    if select("geco_update", c_hat, backend) == "reference":
+    chosen = select("geco_update", c_hat, backend)
+    if chosen == "reference":
         if not checked:
             _check_tensors(c_hat, ema, log_lambda, step)
         return reference.geco_update(
@@ -170,15 +172,15 @@ def move_multipliers(
     if torch.compiler.is_compiling():
         # No autograd formula may be registered with an operator that writes to its arguments.
         values, state = c_hat.detach(), (ema.detach(), log_lambda.detach())
-        penalty, slope = _step(values, *state, step, *options, update)
+        penalty, slope = _steps[chosen](values, *state, step, *options, update)
         return penalty + (slope * (c_hat - values)).sum() if c_hat.requires_grad else penalty
     others = (ema, log_lambda, step, *options, update)
     try:
         if c_hat.requires_grad and torch.is_grad_enabled():
-            penalty = _geco_update(c_hat, others)
+            penalty = _geco_update(c_hat, others, _directly[chosen])
         else:
             with below_autograd():
-                penalty, _ = _step(c_hat, *others)
+                penalty, _ = _directly[chosen](c_hat, *others)
     except RuntimeError:
         try:
             _check_tensors(c_hat, ema, log_lambda, step)

@@ -26,38 +26,41 @@ from geco_fast._checks import (
 from geco_fast.ops._operands import autocast_enabled
 
 _RANKS = range(2, 6)
-_forward = torch.ops.geco_fast.lstm_gates.default
-_backward = torch.ops.geco_fast.lstm_gates_backward.default
 
 
-class _LSTMGates(torch.autograd.Function):
-    """Saves only its inputs: backward recomputes the activations, which costs less than a load."""
+def _function(run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _LSTMGates.remember(ctx, inputs)
-        with below_autograd():
-            return _forward(*inputs)
+    class _LSTMGates(torch.autograd.Function):
+        """Saves only its inputs: to recompute the activations costs less than to load them."""
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        gates, c, ctx.forget_bias = inputs
-        ctx.save_for_backward(gates, c)
-        ctx.set_materialize_grads(False)
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            _LSTMGates.remember(ctx, inputs)
+            with below_autograd():
+                return run(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gates, c = ctx.saved_tensors
-        if wants_graph():
-            return *reference_gradients(
-                lambda gates, c: reference.lstm_gates(gates, c, forget_bias=ctx.forget_bias),
-                (gates, c),
-                grads,
-            ), None
-        return *_backward(gates, c, ctx.forget_bias, *grads), None
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+            gates, c, ctx.forget_bias = inputs
+            ctx.save_for_backward(gates, c)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            gates, c = ctx.saved_tensors
+            if wants_graph():
+                return *reference_gradients(
+                    lambda gates, c: reference.lstm_gates(gates, c, forget_bias=ctx.forget_bias),
+                    (gates, c),
+                    grads,
+                ), None
+            return *differentiate(gates, c, ctx.forget_bias, *grads), None
+
+    return _LSTMGates
 
 
-_lstm_gates = differentiable("lstm_gates", _LSTMGates)
+_lstm_gates = differentiable("lstm_gates", _function, "lstm_gates_backward")
 
 
 def _fit(gates: torch.Size, c: torch.Size) -> bool:
@@ -148,7 +151,8 @@ def lstm_gates(
         c = _checked_state(gates, c)
     if type(forget_bias) is not float:
         check_number("forget_bias", forget_bias)
-    if select("lstm_gates", gates, backend) == "reference":
+    chosen = select("lstm_gates", gates, backend)
+    if chosen == "reference":
         return reference.lstm_gates(gates, c, forget_bias=forget_bias)
-    h, c_next = _lstm_gates(gates, c, forget_bias)
+    h, c_next = _lstm_gates[chosen](gates, c, forget_bias)
     return h, c_next

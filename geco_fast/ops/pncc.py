@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from geco_fast._autograd import (
     below_autograd,
     differentiable,
     direct_apply,
+    operators,
     reference_gradients,
     wants_graph,
 )
@@ -21,12 +23,6 @@ from geco_fast._checks import check_choice, check_positive, check_rank, describe
 from geco_fast.ops._operands import per_dimension, same_shape_operands
 
 _REDUCTIONS = ("none", "sum", "mean")
-_pncc_forward = torch.ops.geco_fast.pncc.default
-_pncc_backward = torch.ops.geco_fast.pncc_backward.default
-_pncc_with_gradients = torch.ops.geco_fast.pncc_with_gradients.default
-_lncc_forward = torch.ops.geco_fast.lncc.default
-_lncc_backward = torch.ops.geco_fast.lncc_backward.default
-_lncc_with_gradients = torch.ops.geco_fast.lncc_with_gradients.default
 
 
 def _reference_pncc(
@@ -47,58 +43,37 @@ def _reference_lncc(
     return reference.lncc(x, y, size, smooth_nr=smooth_nr, smooth_dr=smooth_dr, reduction=reduction)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, y, *options = inputs
-    ctx.options = tuple(options)
-    ctx.save_for_backward(x, y)
+def _over(definition: Any, run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
 
+    class _Correlation(torch.autograd.Function):
+        """Saves only the images: backward recomputes the patches' statistics."""
 
-def _differentiate(ctx: Any, grad: Tensor, operator: Any, definition: Any) -> tuple[Any, ...]:
-    x, y = ctx.saved_tensors
-    rest = (None,) * len(ctx.options)
-    if wants_graph():
-        return *reference_gradients(
-            lambda x, y: (definition(x, y, *ctx.options),), (x, y), (grad,)
-        ), *rest
-    wants_x, wants_y = ctx.needs_input_grad[:2]
-    grad_x, grad_y = operator(x, y, *ctx.options, grad, wants_x, wants_y)
-    return grad_x if wants_x else None, grad_y if wants_y else None, *rest
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            _Correlation.remember(ctx, inputs)
+            with below_autograd():
+                return run(*inputs)  # type: ignore[no-any-return]
 
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+            x, y, *options = inputs
+            ctx.options = tuple(options)
+            ctx.save_for_backward(x, y)
 
-class _PNCC(torch.autograd.Function):
-    """Saves only the images: backward recomputes the patches' statistics."""
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            x, y = ctx.saved_tensors
+            rest = (None,) * len(ctx.options)
+            if wants_graph():
+                return *reference_gradients(
+                    lambda x, y: (definition(x, y, *ctx.options),), (x, y), (grad,)
+                ), *rest
+            wants_x, wants_y = ctx.needs_input_grad[:2]
+            grad_x, grad_y = differentiate(x, y, *ctx.options, grad, wants_x, wants_y)
+            return grad_x if wants_x else None, grad_y if wants_y else None, *rest
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _remember(ctx, inputs)
-        with below_autograd():
-            return _pncc_forward(*inputs)
-
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _differentiate(ctx, grad, _pncc_backward, _reference_pncc)
-
-
-class _LNCC(torch.autograd.Function):
-    """As `_PNCC`."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _remember(ctx, inputs)
-        with below_autograd():
-            return _lncc_forward(*inputs)
-
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _differentiate(ctx, grad, _lncc_backward, _reference_lncc)
+    return _Correlation
 
 
 def _patches_cover(spatial: Sequence[int], size: Sequence[int], step: Sequence[int]) -> bool:
@@ -138,8 +113,10 @@ class _Summed(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-_pncc = differentiable("pncc", _PNCC)
-_lncc = differentiable("lncc", _LNCC)
+_pncc = differentiable("pncc", functools.partial(_over, _reference_pncc), "pncc_backward")
+_lncc = differentiable("lncc", functools.partial(_over, _reference_lncc), "lncc_backward")
+_pncc_with_gradients = operators("pncc_with_gradients")
+_lncc_with_gradients = operators("lncc_with_gradients")
 _summed = direct_apply(_Summed)
 
 
@@ -245,12 +222,13 @@ def pncc(
     x, y = same_shape_operands(x=x, y=y)
     check_rank("x", x, (3, 4, 5), "[B, C, *S] with 1 to 3 spatial dimensions")
     size, step = check_patches(x, patch_size, stride)
-    if select("pncc", x, backend) == "reference":
+    chosen = select("pncc", x, backend)
+    if chosen == "reference":
         return _reference_pncc(x, y, size, step, channels, eps, reduction)
     options = (size, step, channels, eps, reduction)
     if _sums_with_gradients(x, y, reduction) and _patches_cover(x.shape[2:], size, step):
-        return _summed(x, y, _pncc_with_gradients, _reference_pncc, options)
-    return _pncc(x, y, *options)  # type: ignore[return-value]
+        return _summed(x, y, _pncc_with_gradients[chosen], _reference_pncc, options)
+    return _pncc[chosen](x, y, *options)  # type: ignore[return-value]
 
 
 def lncc(
@@ -320,8 +298,9 @@ def lncc(
     x, y = same_shape_operands(x=x, y=y)
     check_rank("x", x, (3, 4, 5), "[B, C, *S] with 1 to 3 spatial dimensions")
     options = (kernel_size, smooth_nr, smooth_dr, reduction)
-    if select("lncc", x, backend) == "reference":
+    chosen = select("lncc", x, backend)
+    if chosen == "reference":
         return _reference_lncc(x, y, *options)
     if _sums_with_gradients(x, y, reduction):
-        return _summed(x, y, _lncc_with_gradients, _reference_lncc, options)
-    return _lncc(x, y, *options)  # type: ignore[return-value]
+        return _summed(x, y, _lncc_with_gradients[chosen], _reference_lncc, options)
+    return _lncc[chosen](x, y, *options)  # type: ignore[return-value]

@@ -19,38 +19,42 @@ from geco_fast._checks import check_choice
 from geco_fast._registry import MAX_RANK
 from geco_fast.ops._operands import same_shape_operands
 
-_forward = torch.ops.geco_fast.squared_error.default
-_backward = torch.ops.geco_fast.squared_error_backward.default
+
+def _function(run: Any, differentiate: Any) -> type[torch.autograd.Function]:
+    """Return the Function over a backend's operators."""
+
+    class _SquaredError(torch.autograd.Function):
+        """Saves only its inputs."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            _SquaredError.remember(ctx, inputs)
+            with below_autograd():
+                return run(*inputs)
+
+        @staticmethod
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+            x, y, ctx.reduction = inputs
+            ctx.save_for_backward(x, y)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, y = ctx.saved_tensors
+            reduction = ctx.reduction
+            if wants_graph():
+                return *reference_gradients(
+                    lambda x, y: (reference.squared_error(x, y, reduction=reduction),),
+                    (x, y),
+                    (grad,),
+                ), None
+            needs_x, needs_y, _ = ctx.needs_input_grad
+            grad_x, grad_y = differentiate(x, y, reduction, grad, needs_x, needs_y)
+            return grad_x if needs_x else None, grad_y if needs_y else None, None
+
+    return _SquaredError
 
 
-class _SquaredError(torch.autograd.Function):
-    """Saves only its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _SquaredError.remember(ctx, inputs)
-        with below_autograd():
-            return _forward(*inputs)
-
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
-        x, y, ctx.reduction = inputs
-        ctx.save_for_backward(x, y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        reduction = ctx.reduction
-        if wants_graph():
-            return *reference_gradients(
-                lambda x, y: (reference.squared_error(x, y, reduction=reduction),), (x, y), (grad,)
-            ), None
-        needs_x, needs_y, _ = ctx.needs_input_grad
-        grad_x, grad_y = _backward(x, y, reduction, grad, needs_x, needs_y)
-        return grad_x if needs_x else None, grad_y if needs_y else None, None
-
-
-_squared_error = differentiable("squared_error", _SquaredError)
+_squared_error = differentiable("squared_error", _function, "squared_error_backward")
 
 
 def squared_error(
@@ -95,9 +99,10 @@ def squared_error(
     """
     check_choice("reduction", reduction, ("mean", "sum"))
     x, y = same_shape_operands(x=x, y=y)
-    if select("squared_error", x, backend) == "reference":
+    chosen = select("squared_error", x, backend)
+    if chosen == "reference":
         return reference.squared_error(x, y, reduction=reduction)
     if x.dim() > MAX_RANK:
         x, y = x.flatten(MAX_RANK - 1), y.flatten(MAX_RANK - 1)
-    error: Tensor = _squared_error(x, y, reduction)  # type: ignore[assignment]
+    error: Tensor = _squared_error[chosen](x, y, reduction)  # type: ignore[assignment]
     return error

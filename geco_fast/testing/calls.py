@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from geco_fast._backend import LIBRARY
+from geco_fast._backend import LIBRARY, interprets, unavailable_reason
 from geco_fast._registry import KERNELS
 from geco_fast.testing.cases import Case, Tensors
 
@@ -25,7 +25,13 @@ def backends(operator: str, dtype: torch.dtype) -> list[str]:
     """Backends that serve an operator here, the CPU's once for each instruction set."""
     kernels = KERNELS.get(operator, {})
     levels = [f"cpu-{level}" for level in LEVELS if dtype in kernels.get("cpu", ())]
-    return ["reference", *levels]
+    triton = dtype in kernels.get("triton", ()) and not unavailable_reason("triton")
+    return ["reference", *(["triton"] if triton else []), *levels]
+
+
+def device(backend: str) -> str:
+    """Where a backend's tensors are; Triton's interpreter takes those of the CPU."""
+    return "cuda" if backend == "triton" and not interprets() else "cpu"
 
 
 @contextmanager
@@ -89,8 +95,8 @@ def named_results(
 ) -> dict[str, Tensor]:
     """Results of a backend, or of the reference for None, and the state after the call."""
     results = case.call(arguments, backend)
-    state = {f"state {name}": arguments[name] for name in case.written}
-    return {f"result {k}": result.detach() for k, result in enumerate(results)} | state
+    state = {f"state {name}": arguments[name].cpu() for name in case.written}
+    return {f"result {k}": result.detach().cpu() for k, result in enumerate(results)} | state
 
 
 def named_gradients(
@@ -105,7 +111,10 @@ def named_gradients(
     leaves = require_grad(names, tensors)
     results = case.call(case.arguments(leaves), backend)
     found = gradients(results, [leaves[name] for name in names], upstream)
-    return dict(zip(names, found, strict=True))
+    return {
+        name: None if gradient is None else gradient.cpu()
+        for name, gradient in zip(names, found, strict=True)
+    }
 
 
 def expect_results(case: Case, arguments: Mapping[str, Any]) -> Expected:

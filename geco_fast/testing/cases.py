@@ -121,7 +121,8 @@ class Case:
     bound : float, optional
         Relative error in the Frobenius norm that kernels may have instead of the accuracy rule's.
     tags : frozenset of str
-        "bench": a row of the benchmark; "small": gradcheck is affordable.
+        "bench": a row of the benchmark; "bench-gpu": one that only a GPU is fast enough for;
+        "small": gradcheck is affordable.
     """
 
     operator: str
@@ -192,6 +193,7 @@ class Case:
 
 SMALL = frozenset({"small"})
 BENCH = frozenset({"bench"})
+BENCH_GPU = frozenset({"bench-gpu"})
 
 
 def _lstm_gates(batch: int, channels: int, *spatial: int) -> dict[str, tuple[int, ...]]:
@@ -264,6 +266,14 @@ LSTM_GATES = [
     ),
     Case("lstm_gates", "batch-1-64x7x7", _lstm_gates(1, 64, 7, 7), tags=BENCH),
     Case("lstm_gates", "beyond-cache-256x32x32", _lstm_gates(32, 256, 32, 32), tags=BENCH),
+    Case("lstm_gates", "64x128x64x64", _lstm_gates(64, 128, 64, 64), tags=BENCH_GPU),
+    Case(
+        "lstm_gates",
+        "64x128x64x64-channels-last",
+        _lstm_gates(64, 128, 64, 64),
+        layout="channels_last",
+        tags=BENCH_GPU,
+    ),
 ]
 
 
@@ -661,6 +671,7 @@ PNCC = [
         patch_size=3,
         layout={"x": "channels_last", "y": "expanded"},
     ),
+    _pncc("8x8-512x3x64x64", 512, 3, 64, 64, tags=BENCH_GPU),
     _pncc("8x8-16x3x64x64", 16, 3, 64, 64, tags=BENCH),
     _pncc("8x8-16x3x64x64-separate", 16, 3, 64, 64, channels="separate", tags=BENCH),
     _pncc("8x8-32x1x28x28", 32, 1, 28, 28, tags=BENCH),
@@ -701,6 +712,7 @@ LNCC = [
         _lncc(f"gradient-to-{name}", 2, 2, 9, 8, kernel_size=5, differentiable=(name,))
         for name in ("x", "y")
     ),
+    _lncc("9x9-256x3x64x64", 256, 3, 64, 64, kernel_size=9, reduction="mean", tags=BENCH_GPU),
     _lncc("9x9-16x3x64x64", 16, 3, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
     _lncc("9x9-32x1x64x64", 32, 1, 64, 64, kernel_size=9, reduction="mean", tags=BENCH),
     _lncc("9x9-32x1x28x28", 32, 1, 28, 28, kernel_size=9, reduction="mean", tags=BENCH),
@@ -941,6 +953,7 @@ GECO_UPDATE = [
     *(_geco_update(f"{count}x64", count, 64, tags=BENCH) for count in (1, 2, 4)),
     _geco_update("3x256", 3, 256, tags=BENCH),
     _geco_update("3x4096", 3, 4096, tags=BENCH),
+    _geco_update("3x65536", 3, 65536, tags=BENCH_GPU),
     _geco_update("means-3", 3, tags=BENCH),
 ]
 
@@ -984,6 +997,13 @@ EQUILIBRIUM_MAP = [
     ),
     Case(
         "equilibrium_map",
+        "60000x1000x784",
+        {"x": (60_000, 784), "psi": (1000, 784)},
+        {"beta": 100.0},
+        tags=BENCH_GPU,
+    ),
+    Case(
+        "equilibrium_map",
         "100000x128x2",
         {"x": (100_000, 2), "psi": (128, 2)},
         {"beta": 0.05},
@@ -1024,10 +1044,10 @@ CASES: list[Case] = [
 
 
 def cases(operator: str | None = None, tag: str | None = None) -> list[Case]:
-    """Cases of an operator (all by default): those with a tag, or without one those not "bench"."""
+    """Cases of an operator (all by default): those with a tag, or without one the tests' own."""
     return [
         case
         for case in CASES
         if operator in (None, case.operator)
-        and (tag in case.tags if tag else "bench" not in case.tags)
+        and (tag in case.tags if tag else not case.tags & (BENCH | BENCH_GPU))
     ]

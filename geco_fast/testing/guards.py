@@ -25,28 +25,48 @@ def distinct(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _reach(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last in memory, both included."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """A tensor on a device, with its strides; itself if it is there."""
+    if tensor.device.type == device:
+        return tensor
+    length = _reach(tensor) * tensor.element_size()
+    memory = torch.full((length,), 0xFF, dtype=torch.uint8, device=device).view(tensor.dtype)
+    placed = memory.as_strided(tensor.shape, tensor.stride())
+    distinct(placed).copy_(distinct(tensor.detach()))
+    return placed
+
+
 class Guards:
     """Copies of operands, each amid bytes 0xff, which are NaN in every floating dtype.
 
-    `check` finds whatever was written since: around an operand, between its elements, or, unless
-    the operator is meant to, in it.
+    They are made on `device`, or where the operands are. `check` finds whatever was written since:
+    around an operand, between its elements, or, unless the operator is meant to, in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        self._device = device
         self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def place(self, tensor: Tensor) -> Tensor:
         """Return a copy amid a guard region, of the same strides and alignment."""
-        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        length = reach * tensor.element_size() if tensor.numel() else 0
-        buffer = torch.full((2 * MARGIN + _ALIGNMENT + length,), 0xFF, dtype=torch.uint8)
+        length = _reach(tensor) * tensor.element_size()
+        size = 2 * MARGIN + _ALIGNMENT + length
+        device = self._device or tensor.device
+        buffer = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
         # An empty tensor has no address, and its strides need not fit the alignment.
         address = tensor.data_ptr() if length else buffer.data_ptr()
         start = MARGIN + (address - buffer.data_ptr() - MARGIN) % _ALIGNMENT
         placed = self._view(buffer, start, length, tensor)
         distinct(placed).copy_(distinct(tensor.detach()))
         self._watched.append((placed, buffer, buffer.clone()))
-        if _poison is not None:
+        if _poison is not None and buffer.is_cpu:
             first, last = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
             _poison(ctypes.c_void_p(first), ctypes.c_size_t(start))
             end = first + start + length
@@ -66,7 +86,7 @@ class Guards:
         """Raise AssertionError if a byte changed that is not an element of one of `written`."""
         allowed = {id(tensor) for tensor in written}
         for k, (placed, buffer, before) in enumerate(self._watched):
-            if _unpoison is not None:
+            if _unpoison is not None and buffer.is_cpu:
                 _unpoison(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_size_t(buffer.numel()))
             if torch.equal(buffer, before):
                 continue
