@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from geco_fast._checks import check_choice
+from geco_fast._checks import check_choice, exporting
 from geco_fast._registry import KERNELS
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
@@ -127,7 +127,7 @@ def _transformed() -> bool:
     return (
         _functorch_active()
         or getattr(forward_ad, "_current_level", 0) >= 0
-        or torch.compiler.is_exporting()
+        or exporting()
         # The ONNX exporters run a model under torch.jit.trace or torch.export.
         or _is_tracing()
     )
@@ -139,7 +139,7 @@ def _transform_reason() -> str:
         return "torch.func transforms go through the reference; use backend='auto'"
     if getattr(forward_ad, "_current_level", 0) >= 0:
         return "forward-mode differentiation goes through the reference; use backend='auto'"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "an exported program needs PyTorch's own operators; use backend='auto'"
     return ""
 

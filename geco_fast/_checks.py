@@ -11,6 +11,15 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def exporting() -> bool:
+    """Whether a program is being exported.
+
+    Dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for true in every compilation.
+    """
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def describe(value: object) -> str:
     """Short text of what came: a tensor's shape, else the value's type and value."""
     if isinstance(value, Tensor):

@@ -142,6 +142,8 @@ def _equilibrium_normaliser_kernel(
         total = total * exp(largest - bound) + tl.sum(terms, 1, keep_dims=True)
         largest = larger
     result = _finite_or_zero(largest).to(tl.float64) + tl.log(total.to(tl.float64))
+    # The total has inf - inf in it.
+    result = tl.where(largest == float("inf"), float("inf"), result)
     tl.store(log_normaliser + row, result, row < n)
 
 
@@ -338,7 +340,7 @@ def _equilibrium_rows_backward_kernel(
         from_row = grad_log_normaliser + at_row * grad_log_normaliser_stride
         t += tl.load(from_row, row < n, 0.0).to(COMPUTE)
     # The normaliser is rounded: the p of a row add up to one only nearly.
-    t = divide(t, whole)
+    t = tl.where(whole > 0, divide(t, whole), t)
     tl.store(rest + row, t, row < n)
     if d_x is not None:
         for first in range(0, m, VECTORS):
@@ -454,6 +456,15 @@ def _equilibrium_vectors_backward_kernel(
 
 
 @triton.jit
+def _narrow(x, pointer):
+    """x of float64 for a store; Triton's interpreter does not take it to 16 bits at once."""
+    if pointer.dtype.element_ty == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _equilibrium_join_backward_kernel(
     beta,  # []
     psi_sums,  # [splits, d, m], float64, or None
@@ -484,21 +495,23 @@ def _equilibrium_join_backward_kernel(
             at = (tl.full([1, 1], split, INDEX) * d + at_column) * m + at_vector
             total += tl.load(psi_sums + at, exists, 0.0)
         to = d_psi + at_vector * d_psi_strides[0] + at_column * d_psi_strides[1]
-        tl.store(to, total * 2.0 / temperature, exists)
+        tl.store(to, _narrow(total * 2.0 / temperature, d_psi), exists)
     # What is known when it is compiled stands apart from what is not.
     if prior_sums is not None:  # noqa: SIM102
         if tl.program_id(1) == 0:
             to_prior = tl.zeros([VECTORS, 1], tl.float64)
             for split in range(splits):
                 to_prior += tl.load(prior_sums + split * m + at_vector, vector < m, 0.0)
-            tl.store(d_log_prior + at_vector * d_log_prior_stride, to_prior, vector < m)
+            at_prior = d_log_prior + at_vector * d_log_prior_stride
+            tl.store(at_prior, _narrow(to_prior, d_log_prior), vector < m)
     if beta_sums is not None:  # noqa: SIM102
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             to_beta = tl.zeros([VECTORS, 1], tl.float64)
             for first in range(0, beta_parts, VECTORS):
                 part = first + tl.arange(0, VECTORS)[:, None]
                 to_beta += tl.load(beta_sums + part, part < beta_parts, 0.0)
-            tl.store(d_beta, tl.sum(tl.sum(to_beta, 1), 0) / (temperature * temperature))
+            whole = tl.sum(tl.sum(to_beta, 1), 0) / (temperature * temperature)
+            tl.store(d_beta, _narrow(whole, d_beta))
 
 
 def _tile(m: int, dtype: torch.dtype) -> tuple[int, int]:

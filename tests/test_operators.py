@@ -34,32 +34,31 @@ from geco_fast.testing.cases import Case, Tensors, cases
 from geco_fast.testing.guards import Guards
 
 
+def is_large(case: Case) -> bool:
+    return sum(map(math.prod, case.shapes.values())) > 4096
+
+
 def over(
     chosen: list[Case], dtypes: Sequence[torch.dtype] = (torch.float32,), kernels_only: bool = False
 ) -> pytest.MarkDecorator:
     """Run a test over cases, dtypes and the backends that serve them.
 
-    Triton's interpreter takes a thousand times longer than a kernel: the quick suite has small
-    cases in float32.
+    Triton's interpreter takes a thousand times longer than a kernel. It gets small cases in
+    float32; all others are for those who have a GPU.
     """
 
-    def marks(case: Case, dtype: torch.dtype, backend: str) -> list[pytest.MarkDecorator]:
-        if backend != "triton" or not interprets():
-            return []
-        large = sum(map(math.prod, case.shapes.values())) > 4096
-        return [pytest.mark.slow] if large or dtype != torch.float32 else []
+    def too_long(case: Case, dtype: torch.dtype, backend: str) -> bool:
+        interpreted = backend == "triton" and interprets()
+        return interpreted and (is_large(case) or dtype != torch.float32)
 
     rows = [
-        pytest.param(
-            *(case, dtype, backend),
-            id=f"{case}-{str(dtype)[6:]}-{backend}",
-            marks=marks(case, dtype, backend),
-        )
+        pytest.param(case, dtype, backend, id=f"{case}-{str(dtype)[6:]}-{backend}")
         for case in chosen
         for dtype in dtypes
         if dtype in case.dtypes
         for backend in served_by(case, dtype)
         if backend != "reference" or not kernels_only
+        if not too_long(case, dtype, backend)
     ]
     return pytest.mark.parametrize(("case", "dtype", "backend"), rows, indirect=["backend"])
 
@@ -94,9 +93,8 @@ def for_compilation() -> list:
         for case in small:
             slow = [] if case in (small[0], small[-1]) else [pytest.mark.slow]
             rows.append(pytest.param(case, "auto", id=str(case), marks=slow))
-            if "triton" in backends(operator, torch.float64):
-                more = slow if case == small[0] else [pytest.mark.slow]
-                rows.append(pytest.param(case, "triton", id=f"{case}-triton", marks=more))
+            if case == small[0] and "triton" in backends(operator, torch.float64):
+                rows.append(pytest.param(case, "triton", id=f"{case}-triton"))
     return rows
 
 
@@ -265,10 +263,9 @@ def overloads() -> list:
         packet = getattr(torch.ops.geco_fast, case.operator, None)
         for name in () if packet is None else packet.overloads():
             triton = name == "triton"
-            large = sum(map(math.prod, case.shapes.values())) > 4096
-            marks = [pytest.mark.slow] if triton and interprets() and large else []
-            if not (triton and (case.kernel_options or unavailable_reason("triton"))):
-                rows.append(pytest.param(case, name, id=f"{case}-{name}", marks=marks))
+            too_long = triton and interprets() and is_large(case)
+            if not (triton and (case.kernel_options or unavailable_reason("triton") or too_long)):
+                rows.append(pytest.param(case, name, id=f"{case}-{name}"))
     return rows
 
 

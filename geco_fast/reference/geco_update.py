@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from geco_fast._checks import exporting
+
 
 class GECOOptions(NamedTuple):
     """The constants of `geco_fast.ops.geco_update`."""
@@ -44,7 +46,7 @@ def multipliers(log_lambda: Tensor) -> Tensor:
     What it knows how to recompute, torch.compile saves the inputs of; the gradients would be those
     of the state written meanwhile. An operator of our own it can only save.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not exporting():
         return _multipliers(log_lambda)  # type: ignore[no-any-return]
     return log_lambda.exp()
 
