@@ -375,6 +375,9 @@ def _pays(
     pixels = batch * spatial[0] * spatial[1]
     if inputs < 8 or (inputs < 12 and pixels * wide_outputs > 100_000):
         return False
+    # Few outputs leave transforms of 7x7, or of many inputs, without the products that repay them.
+    if (kernel == 7 and (outputs <= 16 or inputs < 16)) or inputs > 16 * outputs:
+        return False
     tiles, points = winograd_form(kernel, *spatial)
     tiles *= batch
     direct = pixels * (kernel**2 * inputs * wide_outputs + 40 * (inputs + outputs))
