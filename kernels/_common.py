@@ -28,6 +28,9 @@ from torch import Tensor
 # eight to a thread: two loads of 16 bytes in float32, one in the 16-bit dtypes.
 TILES = ((64, 16), (16, 64), (4, 256), (1, 1024))
 WARPS = 4
+# Elements that divide the strides where accesses are as wide as they can be. Elsewhere, and in
+# float64, twice as many warps share a tile: registers for addresses and numbers spill otherwise.
+VECTOR = 16
 # Tiles of a row that a program sums at most, and programs that keep a GPU busy: longer rows are
 # shared out among programs, few of them among more.
 LONGEST = 16
@@ -82,11 +85,19 @@ class Rows:
     @cached_property
     def _options(self) -> dict[str, Any]:
         rows, cols = self.tile
-        return {"INDEX": self.index, "ROWS": rows, "COLS": cols, "num_warps": WARPS}
+        # Strides of a gradient that is expanded are zeros.
+        dense = len(self.sizes) == 1 and all(
+            inner in (0, 1) and (self.batch == 1 or outer % VECTOR == 0)
+            for outer, inner in self.strides
+        )
+        warps = WARPS if dense else 2 * WARPS
+        return {"INDEX": self.index, "ROWS": rows, "COLS": cols, "num_warps": warps}
 
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
         """The kernels' constants, for operands of a dtype."""
-        return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **self._options}
+        if dtype == torch.float64:
+            return {**self._options, "COMPUTE": tl.float64, "num_warps": 2 * WARPS}
+        return {**self._options, "COMPUTE": tl.float32}
 
 
 # Shape and strides.
@@ -178,6 +189,14 @@ def empty_results(operator: Any, *arguments: Any) -> list[Tensor]:
     given = tuple(map(form, arguments))
     assert device is not None
     return [each.empty(device) for each in _forms(operator, *given)]
+
+
+def at_most(registers: int | None) -> dict[str, int]:
+    """Launch option that caps a thread's registers, if a number is given, where ptxas takes it.
+
+    Left alone it spills a few values where that lets one more program share a processor.
+    """
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
 
 
 @contextmanager

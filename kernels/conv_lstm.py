@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geco_fast.kernels._common import Form, index_type, on_device, sigmoid, tanh
+from geco_fast.kernels._common import Form, at_most, index_type, on_device, sigmoid, tanh
 
 
 class Tiles(NamedTuple):
@@ -36,20 +36,21 @@ class Tiles(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
 
 # By the bytes of an element: for pixels of images where tiles are few; where they are many, for
 # pre-activations and for gradients to images; for the gradient to the weight.
 TILES = {
     2: (
-        *(Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 32, 8, 3)),
-        *(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 3)),
+        *(Tiles(32, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        *(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3, 255)),
     ),
     4: (
-        *(Tiles(64, 64, 16, 8, 3), Tiles(128, 128, 16, 8, 3)),
-        *(Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 4, 3)),
+        *(Tiles(32, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        *(Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3, 255)),
     ),
-    8: (Tiles(32, 64, 16, 4, 3),) * 4,
+    8: (*(Tiles(32, 64, 16, 8, 3),) * 3, Tiles(32, 64, 16, 8, 3, 255)),
 }
 # Programs that keep a GPU busy, the fewest pixels of a part, the most parts of a sum, and pixels
 # that a sum takes before it starts anew, so that rounding does not grow with their number.
@@ -473,6 +474,7 @@ def _options(tiles: Tiles, pixels: int, *tensors: Tensor | None) -> dict[str, An
         "DEPTH": tiles.depth,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        **at_most(tiles.registers),
     }
 
 

@@ -23,26 +23,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geco_fast.kernels._common import divide, exp, expm1, index_type, on_device, tanh
+from geco_fast.kernels._common import at_most, divide, exp, expm1, index_type, on_device, tanh
 
 # Activations of which backward is given u: its derivative is no function of y, or would cancel.
 KEEPS_INPUT = ("elu", "silu")
 
 
 class Tiles(NamedTuple):
-    """ROWS and COLS of a tile of a product, and DEPTH, the summands that it takes at a time."""
+    """ROWS and COLS of a tile of a product, DEPTH, the summands at a time, and who computes it."""
 
     rows: int
     cols: int
     depth: int
     warps: int
+    registers: int | None = None  # of a thread, at most
 
 
 # By the bytes of an element: for rows of a small batch, for those of a large one, and for the
 # gradient of a weight.
 TILES = {
-    2: (Tiles(16, 64, 64, 4), Tiles(64, 64, 64, 8), Tiles(64, 64, 64, 4)),
-    4: (Tiles(16, 64, 32, 4), Tiles(64, 64, 16, 8), Tiles(64, 32, 32, 4)),
+    2: (Tiles(16, 64, 64, 4), Tiles(64, 64, 32, 8, 128), Tiles(64, 64, 32, 4)),
+    4: (Tiles(16, 64, 16, 4, 200), Tiles(64, 32, 16, 8, 200), Tiles(64, 32, 16, 4)),
     8: (Tiles(16, 32, 16, 4), Tiles(16, 64, 16, 4), Tiles(32, 32, 16, 4)),
 }
 LARGE_BATCH = 8192
@@ -425,7 +426,7 @@ def _options(
     tiles: Tiles, dtype: torch.dtype, *operands: Sequence[Tensor | None]
 ) -> dict[str, Any]:
     """The kernels' constants."""
-    rows, cols, depth, warps = tiles
+    rows, cols, depth, warps, registers = tiles
     factor = getattr(tl, str(dtype).removeprefix("torch."))
     if factor == tl.bfloat16 and triton.knobs.runtime.interpret:
         factor = tl.float32  # The interpreter has no products of bfloat16.
@@ -440,6 +441,7 @@ def _options(
         "SUMMANDS": SUMMANDS,
         "num_warps": warps,
         "num_stages": STAGES,
+        **at_most(registers),
     }
 
 

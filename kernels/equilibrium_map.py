@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geco_fast.kernels._common import (
+    at_most,
     divide,
     empty_results,
     exp,
@@ -636,6 +637,7 @@ def equilibrium_map_backward(
             *(n, m, d, x.stride(), psi.stride(), mapped.stride(), g.stride()),
             *((x if d_x is None else d_x).stride(), prior_stride),
             **options,
+            **at_most(255),
         )
         if d_psi is not None or d_beta is not None or d_log_prior is not None:
             _equilibrium_vectors_backward_kernel[(blocks, splits)](

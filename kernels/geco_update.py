@@ -22,6 +22,7 @@ from geco_fast.kernels._common import (
     WARPS,
     Rows,
     as_rows,
+    at_most,
     empty_results,
     expm1,
     index_type,
@@ -234,6 +235,7 @@ def geco_update(
             ROWS=few,
             COLS=many,
             num_warps=WARPS,
+            **at_most(255),
         )
     return penalty, slope
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geco_fast.kernels._common import divide, empty_results, index_type, on_device
+from geco_fast.kernels._common import at_most, divide, empty_results, index_type, on_device
 
 # Elements of a tile, of a row of each patch times patches or of patches that hold each pixel times
 # pixels, to four warps.
@@ -538,6 +538,7 @@ class _Call:
             PATCHES=columns,
             ELEMENTS=elements,
             **self._common(scores, coefficients, grad),
+            **at_most(128),
         )
 
     def forward(self, result: Tensor) -> Tensor:

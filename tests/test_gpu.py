@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import geco_fast as gf
+from geco_fast._backend import interprets, unavailable_reason
 from geco_fast._registry import KERNELS
 from geco_fast.testing.calls import gradients, require_grad
 from geco_fast.testing.cases import Case, cases
@@ -162,6 +164,51 @@ def test_beyond_31_bits() -> None:
         strict=True,
     ):
         assert torch.equal(got[-8:], alone)
+
+
+@pytest.fixture(scope="module")
+def far() -> Tensor:
+    """Memory beyond the reach of 32-bit offsets in float32; pages nobody writes take no room."""
+    memory = mmap.mmap(-1, 4 * 2**31 + 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def with_far_rows(tensors: dict[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
+    """Copies in `memory`, the last of their rows 2^31 elements from the first or more."""
+    placed, start = {}, 0
+    for name, tensor in tensors.items():
+        placed[name] = tensor
+        if tensor.dtype == memory.dtype and tensor.dim() > 0 and tensor.shape[0] > 1:
+            step = -(-(2**31) // (tensor.shape[0] - 1))
+            strides = (step, *tensor.stride()[1:])
+            placed[name] = memory.as_strided(tensor.shape, strides, start).copy_(tensor)
+            # A row's elements, and what `step` was rounded up by in all rows before the last.
+            start += tensor[0].numel() + tensor.shape[0]
+    return placed
+
+
+FAR = [
+    next(case for case in cases(operator, "small") if next(iter(case.shapes.values()))[0] > 1)
+    for operator in WITH_KERNELS
+    if cases(operator)
+]
+
+
+@pytest.mark.skipif(
+    bool(unavailable_reason("triton")) or not interprets(), reason="needs Triton's interpreter"
+)
+@pytest.mark.parametrize("case", FAR, ids=str)
+def test_offsets_beyond_31_bits(case: Case, far: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are 2^31 elements apart give what they give side by side."""
+    from triton.runtime import interpreter
+
+    # It would copy each operand's whole storage onto itself.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    near, distant = (case.tensors(torch.float32) for _ in range(2))
+    distant = with_far_rows(distant, far)
+    reached = max((t.shape[0] - 1) * t.stride(0) for t in distant.values() if t.dim())
+    assert reached >= 2**31
+    assert_same(forward_and_backward(case, distant), forward_and_backward(case, near))
 
 
 class TrainingStep:

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -44,22 +45,30 @@ def over(
     """Run a test over cases, dtypes and the backends that serve them.
 
     Triton's interpreter takes a thousand times longer than a kernel. It gets small cases in
-    float32; all others are for those who have a GPU.
+    float32; tests of all dtypes give it the others and bfloat16 as well, in the slow suite. The
+    rest is for those who have a GPU.
     """
+    everything = len(dtypes) > 1
 
-    def too_long(case: Case, dtype: torch.dtype, backend: str) -> bool:
+    def row(case: Case, dtype: torch.dtype, backend: str) -> Any:
+        name = f"{case}-{str(dtype)[6:]}-{backend}"
         interpreted = backend == "triton" and interprets()
-        return interpreted and (is_large(case) or dtype != torch.float32)
+        is_slow = interpreted and (is_large(case) or dtype != torch.float32)
+        if is_slow and not (everything and dtype in (torch.float32, torch.bfloat16)):
+            return None
+        return pytest.param(
+            case, dtype, backend, id=name, marks=[pytest.mark.slow] if is_slow else []
+        )
 
     rows = [
-        pytest.param(case, dtype, backend, id=f"{case}-{str(dtype)[6:]}-{backend}")
+        row(case, dtype, backend)
         for case in chosen
         for dtype in dtypes
         if dtype in case.dtypes
         for backend in served_by(case, dtype)
         if backend != "reference" or not kernels_only
-        if not too_long(case, dtype, backend)
     ]
+    rows = [found for found in rows if found is not None]
     return pytest.mark.parametrize(("case", "dtype", "backend"), rows, indirect=["backend"])
 
 
@@ -104,7 +113,7 @@ def seeds(case: Case, backend: str, judged: Sequence[Tensor], operands: Tensors)
     Where few results are made of many values, a draw is long and luck small.
     """
     if backend == "triton" and interprets():
-        return range(2)
+        return range(1)
     if case.operator in APART:
         return FEW
     if backend == "reference":
