@@ -45,8 +45,8 @@ def over(
     """Run a test over cases, dtypes and the backends that serve them.
 
     Triton's interpreter takes a thousand times longer than a kernel. It gets small cases in
-    float32; tests of all dtypes give it the others and bfloat16 as well, in the slow suite. The
-    rest is for those who have a GPU.
+    float32; tests of all dtypes give it large ones and small ones in bfloat16 as well, in the slow
+    suite. The rest is for those who have a GPU.
     """
     everything = len(dtypes) > 1
 
@@ -54,7 +54,8 @@ def over(
         name = f"{case}-{str(dtype)[6:]}-{backend}"
         interpreted = backend == "triton" and interprets()
         is_slow = interpreted and (is_large(case) or dtype != torch.float32)
-        if is_slow and not (everything and dtype in (torch.float32, torch.bfloat16)):
+        short = dtype == torch.float32 or (dtype == torch.bfloat16 and not is_large(case))
+        if is_slow and not (everything and short):
             return None
         return pytest.param(
             case, dtype, backend, id=name, marks=[pytest.mark.slow] if is_slow else []
