@@ -94,7 +94,7 @@ def calls() -> list[Call]:
 def configurations(target: str) -> list[Call]:
     """Calls in which kernels have code of their own; the main ones first.
 
-    On the target that is shown each in every dtype, elsewhere only the main ones.
+    On the target that is shown all are in every dtype, elsewhere forms are in float32 alone.
     """
     rows = calls()
     for operator in served():
@@ -350,8 +350,8 @@ most that a kernel has. Shared memory is to be at most {SHARED_LIMIT} bytes.
         header = ["target", "kernel", "call", "registers", "spilled"]
         lines = [[row[name] for name in header] for row in spilling]
         text += f"""
-Those that spill. In coupling_mlp and conv_lstm_step caps of 144 to 255 registers were tried in
-turn: they move the spills and do not end them.
+Those that spill. While the tiles were chosen, on sm_90, caps of 144 to 255 registers moved the
+spills of coupling_mlp and conv_lstm_step and did not end them all; elsewhere none was tried.
 
 {_table(header, lines)}"""
     text += """
