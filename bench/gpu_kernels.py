@@ -7,6 +7,8 @@ Triton's interpreter, where the bytes that unmasked lanes load and store are cou
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
 import json
 import math
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from geco_fast import _backend
 from geco_fast._registry import KERNELS, TRITON
 from geco_fast.bench.limits import operator_work
 from geco_fast.testing.calls import gradients, require_grad
@@ -91,21 +94,32 @@ def calls() -> list[Call]:
     return [(main_case(operator), torch.float32) for operator in served()]
 
 
-def configurations(target: str) -> list[Call]:
-    """Calls in which kernels have code of their own; the main ones first.
-
-    On the target that is shown all are in every dtype, elsewhere forms are in float32 alone.
-    """
+def configurations() -> list[Call]:
+    """Calls in which kernels have code of their own; the main ones first."""
     rows = calls()
     for operator in served():
         main, by_name = main_case(operator), {case.name: case for case in cases(operator)}
         forms = [by_name[name] for name in FORMS[operator]]
         if operator in _LARGE:
             forms.append(replace(main, name="large", shapes=_LARGE[operator]))
-        dtypes = main.dtypes if target == SHOWN else (torch.float32,)
         rows += [(main, dtype) for dtype in main.dtypes if dtype != torch.float32]
-        rows += [(case, dtype) for case in forms for dtype in dtypes]
+        rows += [(case, dtype) for case in forms for dtype in case.dtypes]
     return rows
+
+
+def fingerprint() -> str:
+    """Digest of the kernels' code, comments and docstrings left aside."""
+    digest = hashlib.sha256()
+    for path in sorted((PAGE.parent.parent / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and body:
+                first = body[0]
+                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                    del body[0]
+        digest.update(f"{path.name}\n{ast.unparse(tree)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def call(case: Case, dtype: torch.dtype) -> None:
@@ -140,7 +154,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_nvidia(binary: bytes, folder: Path) -> Row:
+def _read_nvidia(binary: bytes, folder: Path, reads_code: bool) -> Row:
     path = folder / "kernel.cubin"
     path.write_bytes(binary)
 
@@ -148,20 +162,17 @@ def _read_nvidia(binary: bytes, folder: Path) -> Row:
         done = subprocess.run([_tool("cuobjdump"), option, path], capture_output=True, text=True)
         return done.stdout
 
-    usage = re.search(r"REG:(\d+)", dump("-res-usage"))
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
     assert usage is not None, "cuobjdump says nothing of the kernel's registers"
     widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    spilled = 0
-    for word, rest in re.findall(r"\b(LDG|STG|LDGSTS|STL)\b(\.\S+)?", dump("-sass")):
-        if word == "STL":
-            spilled += 1
-            continue
-        bits = re.search(r"\.(8|16|64|128)\b|\.[US](8|16)\b", rest)
-        width = int(next(filter(None, bits.groups()))) // 8 if bits else 4
-        widths[word[:3]][width] += 1
+    if reads_code:
+        for word, rest in re.findall(r"\b(LDG|STG|LDGSTS)\b(\.\S+)?", dump("-sass")):
+            bits = re.search(r"\.(8|16|64|128)\b|\.[US](8|16)\b", rest)
+            width = int(next(filter(None, bits.groups()))) // 8 if bits else 4
+            widths[word[:3]][width] += 1
     return {
         "registers": int(usage[1]),
-        "spilled": spilled,
+        "spilled": int(usage[2]) + int(usage[3]),
         "loads": max(widths["LDG"], default=0),
         "stores": max(widths["STG"], default=0),
     }
@@ -180,7 +191,8 @@ def _read_amd(assembly: str) -> Row:
 
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Scalar registers spill into the lanes of a vector register, not to memory.
+        "spilled": number("private_segment_fixed_size"),
         "loads": widest("load"),
         "stores": widest("store"),
     }
@@ -194,8 +206,8 @@ def compile_for(target: str, of: Sequence[Call]) -> list[Row]:
 
     for stem in TRITON:
         importlib.import_module(f"geco_fast.kernels.{stem}")
-    # What is imported stays compiled; from here on CPU tensors are served.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Operators are to serve CPU tensors, with the kernels and options that a GPU gets.
+    _backend.interprets = lambda: True
     nvidia = target.isdigit()
     made = GPUTarget("cuda", int(target), 32) if nvidia else GPUTarget("hip", target, 64)
     driver.set_active(_NoDriver(made))  # type: ignore[arg-type]
@@ -204,12 +216,10 @@ def compile_for(target: str, of: Sequence[Call]) -> list[Row]:
     about = ""
 
     def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if not nvidia:
-            options.pop("maxnreg", None)
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         if kernel.hash not in rows:
             read = (
-                _read_nvidia(kernel.asm["cubin"], folder)
+                _read_nvidia(kernel.asm["cubin"], folder, target == SHOWN)
                 if nvidia
                 else _read_amd(kernel.asm["amdgcn"])
             )
@@ -230,6 +240,21 @@ def compile_for(target: str, of: Sequence[Call]) -> list[Row]:
             about = f"{case} {str(dtype).removeprefix('torch.')}"
             call(case, dtype)
     return [*rows.values()]
+
+
+def library_resources(library: Path) -> list[list[object]]:
+    """Rows about the CUDA library: architecture, kernels, registers, kernels with local memory."""
+    command = [_tool("cuobjdump"), "-res-usage", library]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows: dict[str, list[tuple[int, ...]]] = {}
+    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part)
+        rows.setdefault(part.split()[0], []).extend(tuple(map(int, row)) for row in usage)
+    return [
+        [name, len(of), max(row[0] for row in of), sum(row[1] + row[2] > 0 for row in of)]
+        for name, of in rows.items()
+        if of
+    ]
 
 
 def count_bytes(of: Sequence[Call]) -> list[Row]:
@@ -307,18 +332,19 @@ def _bounds() -> str:
     return _table(["call", "least MB", "operations a byte", *DEVICES], rows)
 
 
+CUDA = "\n## CUDA C++\n"
 HEAD = """\
 # GPU kernels
 
 Made by `python -m geco_fast.bench.gpu_kernels`, without a GPU: what Triton {triton} makes of the
 kernels, and what they move. Times that were measured are on the operators' pages; those here are
-bounds.
+bounds. The kernels' code is the one whose digest is `{fingerprint}`.
 
 ## Resources
 
 Forward and backward of every operator's smallest case of the benchmark, compiled for sm_{shown}:
-registers of a thread, instructions that spill them, shared memory in bytes, widest access to global
-memory in bytes.
+registers of a thread, bytes of local memory, to which registers spill, and of shared memory, and
+the widest access to global memory in bytes.
 
 """
 
@@ -328,32 +354,32 @@ def page(rows: Sequence[Row], bytes_moved: Sequence[Row], triton: str) -> str:
     mains = {f"{case} float32" for case, _ in calls()}
     shown = [r for r in rows if r["target"] == SHOWN and r["call"] in mains]
     header = ["kernel", "call", "registers", "spilled", "shared", "loads", "stores"]
-    text = HEAD.format(triton=triton, shown=SHOWN) + _table(header, [*map(resource_line, shown)])
+    text = HEAD.format(triton=triton, shown=SHOWN, fingerprint=fingerprint()) + _table(
+        header, [*map(resource_line, shown)]
+    )
     summary = []
     for target in TARGETS:
         of = [row for row in rows if row["target"] == target]
         name = f"sm_{target}" if target.isdigit() else target
         most = [max(row[what] for row in of) for what in ("registers", "shared")]
-        spills = [row["spilled"] for row in of if row["spilled"]]
-        summary.append([name, len(of), *most, len(spills), max(spills, default=0)])
-    header = ["target", "kernels", "registers", "shared memory", "kernels that spill", "spilled"]
+        summary.append([name, len(of), *most, sum(row["spilled"] > 0 for row in of)])
+    header = ["target", "kernels", "registers", "shared memory", "kernels that spill"]
     text += f"""
 ## All architectures
 
-Every operator's main case in all dtypes, and in float32 its other tiles, layouts and forms; for
-sm_{SHOWN} those in all dtypes, too. Of registers, shared memory and instructions that spill, the
-most that a kernel has. Shared memory is to be at most {SHARED_LIMIT} bytes.
+Every operator's main case and its other tiles, layouts and forms, in all dtypes. Of registers and
+of shared memory, which is to be at most {SHARED_LIMIT} bytes, the most that a kernel has. AMD's
+compiler spills scalar registers into lanes of vector registers, which is not counted: no memory is
+touched.
 
 {_table(header, summary)}"""
     spilling = [row for row in rows if row["spilled"]]
     if spilling:
         header = ["target", "kernel", "call", "registers", "spilled"]
-        lines = [[row[name] for name in header] for row in spilling]
         text += f"""
-Those that spill. While the tiles were chosen, on sm_90, caps of 144 to 255 registers moved the
-spills of coupling_mlp and conv_lstm_step and did not end them all; elsewhere none was tried.
+Those that spill:
 
-{_table(header, lines)}"""
+{_table(header, [[row[name] for name in header] for row in spilling])}"""
     text += """
 ## Bytes moved
 
@@ -381,7 +407,8 @@ the bandwidth that the maker names and the operations run at its peak outside of
 These are bounds, not measurements.
 
 """
-    return text + _bounds()
+    # What follows is the CUDA library's, which tests/test_emulation.py holds to its code.
+    return text + _bounds() + PAGE.read_text()[PAGE.read_text().index(CUDA) :]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -394,7 +421,7 @@ def main(arguments: Sequence[str]) -> None:
             # The interpreter would take half an hour for coupling_mlp's products.
             rows = count_bytes([of for of in calls() if of[0].operator != "coupling_mlp"])
         else:
-            rows = compile_for(target, configurations(target) if which == ["all"] else calls())
+            rows = compile_for(target, configurations() if which == ["all"] else calls())
         print(json.dumps(rows))
         return
     rows = compiled(TARGETS, "all")

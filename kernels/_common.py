@@ -191,12 +191,16 @@ def empty_results(operator: Any, *arguments: Any) -> list[Tensor]:
     return [each.empty(device) for each in _forms(operator, *given)]
 
 
-def at_most(registers: int | None) -> dict[str, int]:
+def at_most(registers: int | None, free: tuple[int, ...] = ()) -> dict[str, int]:
     """Launch option that caps a thread's registers, if a number is given, where ptxas takes it.
 
-    Left alone it spills a few values where that lets one more program share a processor.
+    Left alone it spills a few values where that lets one more program share a processor. GPUs whose
+    compute capability, as one number, is among the `free` ones have no cap.
     """
-    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
+    if registers is None or torch.version.hip or triton.knobs.runtime.interpret:
+        return {}
+    target = triton.runtime.driver.active.get_current_target().arch
+    return {"maxnreg": registers} if isinstance(target, int) and target not in free else {}
 
 
 @contextmanager

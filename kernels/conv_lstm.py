@@ -43,14 +43,14 @@ class Tiles(NamedTuple):
 # pre-activations and for gradients to images; for the gradient to the weight.
 TILES = {
     2: (
-        *(Tiles(32, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        *(Tiles(32, 64, 32, 4, 3, 248), Tiles(128, 128, 32, 8, 3)),
         *(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3, 255)),
     ),
     4: (
-        *(Tiles(32, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        *(Tiles(32, 64, 16, 4, 3, 248), Tiles(64, 64, 16, 8, 3)),
         *(Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3, 255)),
     ),
-    8: (*(Tiles(32, 64, 16, 8, 3),) * 3, Tiles(32, 64, 16, 8, 3, 255)),
+    8: (*(Tiles(32, 32, 16, 8, 3, 248),) * 3, Tiles(32, 64, 16, 8, 3, 255)),
 }
 # Programs that keep a GPU busy, the fewest pixels of a part, the most parts of a sum, and pixels
 # that a sum takes before it starts anew, so that rounding does not grow with their number.

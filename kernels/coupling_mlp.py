@@ -43,8 +43,8 @@ class Tiles(NamedTuple):
 # gradient of a weight.
 TILES = {
     2: (Tiles(16, 64, 64, 4), Tiles(64, 64, 32, 8, 128), Tiles(64, 64, 32, 4)),
-    4: (Tiles(16, 64, 16, 4, 200), Tiles(64, 32, 16, 8, 200), Tiles(64, 32, 16, 4)),
-    8: (Tiles(16, 32, 16, 4), Tiles(16, 64, 16, 4), Tiles(32, 32, 16, 4)),
+    4: (Tiles(16, 64, 16, 4, 248), Tiles(64, 32, 16, 8, 248), Tiles(64, 32, 16, 4, 248)),
+    8: (*(Tiles(16, 32, 16, 4, 248),) * 2, Tiles(32, 32, 16, 8, 248)),
 }
 LARGE_BATCH = 8192
 SUMMANDS = 512

@@ -590,6 +590,7 @@ class _Call:
                 COVER=cover,
                 PARTIAL=PARTIAL,
                 **self._common(coefficients, d_x, d_y),
+                **at_most(248, free=(90, 100)),
             )
 
 
