@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/digits
 DATA_ROOT ?=
 BENCH ?= --threads 1 --threads 2 --json runs/bench.json --chart runs/bench.svg
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+
+# The pinned PyTorch is for CPUs and would not load CUDA's library; tests build it for themselves.
+export GECO_FAST_CUDA ?= 0
 
 # Tests share the cores: threads that wait for work must not spin. glibc's cache of freed memory
 # is off, because what comes from it isn't filled with NaN, as the tests want new memory to be.
 TEST := OMP_WAIT_POLICY=passive GLIBC_TUNABLES=glibc.malloc.tcache_count=0 $(BIN)/pytest
 
-CPP := $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(foreach d,cpp emulation,$(wildcard tests/$d/*.h tests/$d/*.cpp))
 
 .PHONY: environment train test test-slow lint format bench clean
 

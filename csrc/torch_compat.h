@@ -1,6 +1,9 @@
 // The one header that includes torch, and only its stable ABI.
 #pragma once
 
+#ifdef GECO_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +19,11 @@
 #include <optional>
 #include <string>
 
+#ifdef GECO_CUDA
+#include "cuda/kernels.h"
+#else
+#include "cpu/kernels.h"
+#endif
 #include "include/numeric.h"
 #include "include/strided.h"
 
@@ -213,26 +221,61 @@ void launch_rows_cpu(const Params& params, Kernel kernel) {
       [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
 }
 
+#ifdef GECO_CUDA
+// torch's own, in its library for CUDA, which is there where a tensor is.
+extern "C" std::int32_t aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
+
+// Runs a CUDA kernel's launcher on a tensor's device and that device's current stream.
+template <class Params, class Launcher>
+void launch_cuda(const Params& params, Launcher launcher, const char* name, const Tensor& like) {
+#ifdef GECO_EMULATION
+  (void)name, (void)like;
+  launcher(params, nullptr);
+#else
+  const std::int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // This library has a runtime of its own, which hasn't heard of torch's choice.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    launcher(params, static_cast<cudaStream_t>(stream));
+    error = cudaGetLastError();
+  }
+  STD_TORCH_CHECK(error == cudaSuccess, name,
+                  ": the launch of its CUDA kernel failed: ", cudaGetErrorString(error));
+#endif
+}
+#define GECO_LAUNCH(kernel, params, like) launch_cuda(params, kernel##_cuda, #kernel, like)
+#define GECO_LAUNCH_ROWS GECO_LAUNCH
+#define GECO_LAUNCH_ONCE GECO_LAUNCH
+#else
+#define GECO_LAUNCH(kernel, params, like) launch_cpu(params, cpu::active().kernels->kernel)
+#define GECO_LAUNCH_ROWS(kernel, params, like) \
+  launch_rows_cpu(params, cpu::active().kernels->kernel)
+#define GECO_LAUNCH_ONCE(kernel, params, like) cpu::active().kernels->kernel(params)
+#endif
+
 void add_partial_sums(const double* partial, std::int64_t blocks, double divisor,
                       const Tensor& total);
 
-// Such a kernel's sums over each row, divided by `divisor`, in the dtype of the arithmetic. Sums of
-// blocks meet in their order, whatever thread each came from.
-template <class Params, class Kernel>
-Tensor sum_rows_cpu(const Tensor& like, Params* params, RowSums Params::* sums, double divisor,
-                    Kernel kernel) {
+// Sums over each row, divided by `divisor`, in the dtype of the arithmetic, by a kernel that
+// `launch(params)` runs. Sums of blocks meet in their order, whatever thread each came from.
+template <class Params, class Launch>
+Tensor sum_rows(const Tensor& like, Params* params, RowSums Params::* sums, double divisor,
+                Launch launch) {
   const std::int64_t rows = params->rows.count, blocks = params->rows.blocks();
   const Tensor total = empty_vector(like, rows, compute_dtype(like));
   if (rows == 0) return total;
   if (blocks == 1) {
     params->*sums = {total.mutable_data_ptr(), nullptr, divisor};
-    launch_rows_cpu(*params, kernel);
+    launch(*params);
     return total;
   }
   const Tensor scratch = empty_vector(like, rows * blocks, ScalarType::Double);
   double* partial = static_cast<double*>(scratch.mutable_data_ptr());
   params->*sums = {nullptr, partial, divisor};
-  launch_rows_cpu(*params, kernel);
+  launch(*params);
   add_partial_sums(partial, blocks, divisor, total);
   return total;
 }

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -39,7 +40,25 @@ def _load_library() -> tuple[ModuleType | None, str]:
         )
 
 
+def _load_cuda_library() -> str:
+    """Load CUDA's library; why it can't serve, or nothing if it can."""
+    if torch.version.cuda is None:
+        return "this PyTorch has no CUDA; install a PyTorch build for your GPU"
+    found = sorted(Path(__file__).parent.glob("_cuda*.so"))
+    if not found:
+        return (
+            "this installation has no CUDA library; reinstall geco-fast from source with "
+            "GECO_FAST_CUDA=1 where CUDA's nvcc is on the PATH"
+        )
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the CUDA library is not loaded ({error}); reinstall geco-fast from source"
+    return ""
+
+
 LIBRARY, _LIBRARY_REASON = _load_library()
+_CUDA_REASON = _load_cuda_library()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -90,7 +109,7 @@ def _missing(backend: str) -> str:
     if backend == "cpu":
         return _LIBRARY_REASON
     if backend == "cuda":
-        return "this release has no CUDA C++ kernels; use backend='auto'"
+        return _CUDA_REASON
     if backend == "triton" and not _HAS_TRITON:
         return "Triton is not installed; pip install triton where it has a wheel"
     return ""
@@ -104,12 +123,16 @@ def interprets() -> bool:
 def unavailable_reason(backend: str) -> str:
     """Why a backend can't run on this machine, with the mend; empty if it can."""
     reason = _missing(backend)
-    if not reason and backend == "triton" and not (torch.cuda.is_available() or interprets()):
-        return (
-            "PyTorch sees no GPU; install a PyTorch build for yours, or set TRITON_INTERPRET=1 to "
-            "run the kernels, slowly, on the CPU"
-        )
-    return reason
+    if reason or backend not in ("cuda", "triton") or torch.cuda.is_available():
+        return reason
+    if backend == "cuda":
+        return "PyTorch sees no GPU; install a PyTorch build for yours, and its driver"
+    if interprets():
+        return ""
+    return (
+        "PyTorch sees no GPU; install a PyTorch build for yours, or set TRITON_INTERPRET=1 to "
+        "run the kernels, slowly, on the CPU"
+    )
 
 
 def _always() -> bool:

@@ -85,20 +85,24 @@ def _shapes(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 # Dimensions that a kernel's operands have at most (kMaxDims in csrc).
 MAX_RANK = 8
 
-# Operator -> backend -> dtypes its kernels take.
+# Operator -> backend -> dtypes its kernels take. Convolutions and products of CUDA are PyTorch's.
 KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "affine_coupling": {"cpu": FLOATING, "triton": FLOATING},
-    "conv2d": {"cpu": FLOATING},
-    "conv_lstm_step": {"cpu": FLOATING, "triton": FLOATING},
-    "coupling_mlp": {"cpu": (torch.float32, torch.float64), "triton": FLOATING},
-    "gaussian_latent": {"cpu": FLOATING, "triton": FLOATING},
-    "geco_update": {"cpu": FLOATING, "triton": FLOATING},
-    "lncc": {"cpu": FLOATING, "triton": FLOATING},
-    "equilibrium_map": {"cpu": FLOATING, "triton": FLOATING},
-    "lstm_gates": {"cpu": FLOATING, "triton": FLOATING},
-    "pncc": {"cpu": FLOATING, "triton": FLOATING},
-    "prepare_weight": {"cpu": FLOATING, "triton": FLOATING},
-    "squared_error": {"cpu": FLOATING, "triton": FLOATING},
+    "affine_coupling": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "conv2d": {"cpu": FLOATING, "cuda": FLOATING},
+    "conv_lstm_step": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "coupling_mlp": {
+        "cpu": (torch.float32, torch.float64),
+        "cuda": FLOATING,
+        "triton": FLOATING,
+    },
+    "gaussian_latent": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "geco_update": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "lncc": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "equilibrium_map": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "lstm_gates": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "pncc": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "prepare_weight": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
+    "squared_error": {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING},
 }
 
 _define(

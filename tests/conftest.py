@@ -15,8 +15,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from geco_fast._backend import BACKENDS, unavailable_reason
-from geco_fast.testing.calls import instruction_set
+from geco_fast._backend import BACKENDS, LIBRARY, unavailable_reason
+from geco_fast.testing.calls import EMULATED, instruction_set
+
+# Where it is asked for, CUDA's kernels take the place of the CPU's, in their emulation.
+if EMULATED is not None:
+    assert LIBRARY is not None
+    torch.ops.load_library(EMULATED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

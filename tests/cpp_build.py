@@ -62,3 +62,30 @@ def build_tests(folder: Path, flags: Sequence[str] = (), kernels: Path | None = 
 def run_program(program: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run a program and keep what it says."""
     return subprocess.run([program], capture_output=True, text=True, env=environment or None)
+
+
+def _emulated(sources: Sequence[Path]) -> tuple[list, list[str]]:
+    """Units and flags of CUDA sources that are compiled for the CPU, in the emulation."""
+    emulation = ROOT / "tests" / "emulation"
+    flags = [*SETUP.FLAGS, "-O1", "-Wno-unknown-pragmas", "-DGECO_EMULATION", f"-I{emulation}"]
+    units = []
+    for path in (emulation / "emulation.cpp", *sources):
+        # The compiler doesn't know CUDA's files by their names.
+        units.append((path, f"{path.parent.name}_{path.stem}.o", ["-x", "c++"]))
+    return units, [*flags, *SANITIZE]
+
+
+def build_emulated_program(folder: Path, source: Path) -> Path:
+    """Compile a program with kernels in it; returns the program."""
+    units, flags = _emulated([source])
+    SETUP.compile_and_link(folder, folder / source.stem, units, flags, SANITIZE)
+    return folder / source.stem
+
+
+def build_emulated_library(folder: Path) -> Path:
+    """Compile the CUDA operators into a library that serves tensors on the CPU."""
+    units, flags = _emulated(SETUP.cuda_sources())
+    flags = [*flags, "-DGECO_CUDA", *SETUP.include_flags()]
+    library = folder / "emulated.so"
+    SETUP.compile_and_link(folder, library, units, flags, [*SETUP.torch_link_flags(), *SANITIZE])
+    return library

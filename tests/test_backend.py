@@ -250,7 +250,7 @@ def test_only_an_explicit_choice_takes_what_is_on_request(
     kind = ("cuda", torch.float32)
     assert _resolve(operator, "auto", *kind) == "reference"
     assert _resolve(operator, backend, *kind) == backend
-    assert _resolve("lstm_gates", "auto", *kind) == "triton"
+    assert _resolve("lstm_gates", "auto", *kind) in ("cuda", "triton")
 
 
 @needs_library

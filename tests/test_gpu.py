@@ -49,10 +49,21 @@ def on_gpu(case: Case, seed: int = 0) -> dict[str, Tensor]:
     return {name: moved(t, "cuda") for name, t in case.tensors(torch.float32, seed).items()}
 
 
-def forward_and_backward(case: Case, tensors: dict[str, Tensor]) -> list[Tensor | None]:
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each of a GPU's backends that is here."""
+    reason = unavailable_reason(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param  # type: ignore[no-any-return]
+
+
+def forward_and_backward(
+    case: Case, tensors: dict[str, Tensor], backend: str = "triton"
+) -> list[Tensor | None]:
     names = case.gradient_names()
     leaves = require_grad(names, tensors)
-    results = case.call(case.arguments(leaves), "triton")
+    results = case.call(case.arguments(leaves), backend)
     found = gradients(results, [leaves[name] for name in names], results)
     return [*(result.detach() for result in results), *found]
 
@@ -65,10 +76,10 @@ def assert_same(got: list[Tensor | None], wanted: list[Tensor | None]) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_current_stream(case: Case) -> None:
+def test_current_stream(case: Case, backend: str) -> None:
     """Operands that a slow kernel on a side stream still has to make are waited for there."""
     tensors = on_gpu(case)
-    wanted = forward_and_backward(case, on_gpu(case))
+    wanted = forward_and_backward(case, on_gpu(case), backend)
     aside = torch.cuda.Stream()
     late = {name: torch.empty_like(t) for name, t in tensors.items()}
     torch.cuda.synchronize()
@@ -76,7 +87,7 @@ def test_current_stream(case: Case) -> None:
         torch.cuda._sleep(100_000_000)
         for name, tensor in tensors.items():
             late[name] = moved(tensor.cpu(), "cuda") if not tensor.numel() else tensor.clone()
-        got = forward_and_backward(case, late)
+        got = forward_and_backward(case, late, backend)
     aside.synchronize()
     assert_same(got, wanted)
 
@@ -90,44 +101,44 @@ def no_synchronisation() -> Iterator[None]:
 
 @needs_gpu
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_no_synchronisation(case: Case, no_synchronisation: None) -> None:
+def test_no_synchronisation(case: Case, backend: str, no_synchronisation: None) -> None:
     tensors = on_gpu(case)
     arguments = case.arguments(tensors)
-    case.call(arguments, "triton")
+    case.call(arguments, backend)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    case.call(arguments, "triton")
+    case.call(arguments, backend)
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_captured(case: Case) -> None:
+def test_captured(case: Case, backend: str) -> None:
     """Replays of a CUDA graph compute on what the operands hold then."""
     names = case.gradient_names()
     held = on_gpu(case)
     for _ in range(3):
-        forward_and_backward(case, held)
+        forward_and_backward(case, held, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = forward_and_backward(case, held)
+        got = forward_and_backward(case, held, backend)
     fresh = on_gpu(case, 1)
     for name, tensor in held.items():
         tensor.copy_(fresh[name])
     graph.replay()
     assert names
-    assert_same(got, forward_and_backward(case, on_gpu(case, 1)))
+    assert_same(got, forward_and_backward(case, on_gpu(case, 1), backend))
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", FIRST, ids=str)
-def test_inductor(case: Case) -> None:
+def test_inductor(case: Case, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(case.call, fullgraph=True)
     names = case.gradient_names()
 
     def through(call: Any) -> list[Tensor | None]:
         leaves = require_grad(names, on_gpu(case))
-        results = call(case.arguments(leaves), "triton")
+        results = call(case.arguments(leaves), backend)
         found = gradients(results, [leaves[name] for name in names], results)
         return [*(result.detach() for result in results), *found]
 
@@ -136,31 +147,31 @@ def test_inductor(case: Case) -> None:
 
 
 @needs_gpu
-def test_other_device() -> None:
+def test_other_device(backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     case = FIRST[0]
     tensors = {name: t.to("cuda:1") for name, t in case.tensors(torch.float32).items()}
-    got = forward_and_backward(case, tensors)
-    wanted = forward_and_backward(case, on_gpu(case))
+    got = forward_and_backward(case, tensors, backend)
+    wanted = forward_and_backward(case, on_gpu(case), backend)
     assert all(tensor is None or tensor.device.index == 1 for tensor in got)
     assert_same([None if t is None else t.to("cuda:0") for t in got], wanted)
 
 
 @needs_gpu
-def test_beyond_31_bits() -> None:
+def test_beyond_31_bits(backend: str) -> None:
     """Elements past the first 2^31 of an operand give what they give alone."""
     rows, width = 2**15 + 8, 2**16
     x, y = (torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     assert x.numel() > 2**31
-    got = gf.ops.squared_error(x, y, backend="triton")
-    torch.testing.assert_close(got[-8:], gf.ops.squared_error(x[-8:], y[-8:], backend="triton"))
+    got = gf.ops.squared_error(x, y, backend=backend)
+    torch.testing.assert_close(got[-8:], gf.ops.squared_error(x[-8:], y[-8:], backend=backend))
     del y
     gates = x.view(rows, 4, width // 4)
     c = torch.randn(rows, 1, width // 4, device="cuda", dtype=torch.bfloat16)
     for got, alone in zip(
-        gf.ops.lstm_gates(gates, c, backend="triton"),
-        gf.ops.lstm_gates(gates[-8:], c[-8:], backend="triton"),
+        gf.ops.lstm_gates(gates, c, backend=backend),
+        gf.ops.lstm_gates(gates[-8:], c[-8:], backend=backend),
         strict=True,
     ):
         assert torch.equal(got[-8:], alone)

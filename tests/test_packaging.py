@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpp_build import SETUP
 from marks import needs_library
 
 import geco_fast
@@ -20,13 +21,19 @@ from geco_fast._backend import LIBRARY
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_TORCH = "2.14.1"
+DEFAULTS = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "GECO_FAST_CUDA": "0"}
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        env={
+            **os.environ,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "GECO_FAST_CUDA": "0",
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -77,7 +84,7 @@ def test_info_names_every_backend() -> None:
     text = geco_fast.info()
     for backend in ("reference", "cpu", "cuda", "triton"):
         (line,) = re.findall(rf"^backend {backend}: (.*)$", text, re.MULTILINE)
-        assert line == "active" or re.match(r"not active: .+; (use|reinstall)", line)
+        assert line == "active" or re.match(r"not active: .+; (use|install|reinstall)", line)
 
 
 @needs_library
@@ -119,6 +126,41 @@ def test_pure_python_without_a_compiler(source: Path, tmp_path: Path) -> None:
     text = run(sys.executable, "-c", code, cwd=tmp_path / "site")
     assert str(tmp_path) in text
     assert re.search(r"backend cpu: not active: .*compiler", text)
+
+
+def test_cuda_is_built_as_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(SETUP, "COMPILER", "c++")
+    monkeypatch.setenv("GECO_FAST_CUDA", "auto")
+    assert SETUP.find_nvcc() is None
+    monkeypatch.setenv("GECO_FAST_CUDA", "1")
+    with pytest.raises(FileNotFoundError, match="there is no nvcc: install"):
+        SETUP.find_nvcc()
+    monkeypatch.setenv("GECO_FAST_CUDA", "yes")
+    with pytest.raises(ValueError, match="must be auto, 0 or 1, got 'yes'"):
+        SETUP.find_nvcc()
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("GECO_FAST_CUDA", "auto")
+    assert SETUP.find_nvcc() == str(nvcc)
+
+
+def test_architectures_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags(wanted: str, release: tuple[int, int] = (13, 0)) -> list[str]:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        monkeypatch.setattr(SETUP, "cuda_release", lambda _: release)
+        return [flag.partition(",")[2] for flag in SETUP.cuda_architecture_flags("nvcc")]
+
+    assert flags("8.0;9.0a+PTX") == ["code=sm_80", "code=sm_90a", "code=compute_90a"]
+    assert flags("")[-2:] == ["code=sm_120", "code=compute_120"]
+    assert len(flags("")) == 7
+    # An older nvcc doesn't know the newest.
+    assert flags("", (12, 4))[-2:] == ["code=sm_90", "code=compute_90"]
+    with pytest.raises(ValueError, match="got 'Hopper'"):
+        flags("8.0;Hopper")
 
 
 @pytest.mark.slow

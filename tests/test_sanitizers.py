@@ -94,7 +94,10 @@ def sanitized(pytestconfig: pytest.Config) -> Path:
             *(f"--build-{k}={v}" for k, v in places.items()),
         ],
         cwd=ROOT,
-        env={**os.environ, "CXXFLAGS": options, "LDFLAGS": shlex.join(SANITIZE)},
+        env={
+            **os.environ,
+            **{"CXXFLAGS": options, "LDFLAGS": shlex.join(SANITIZE), "GECO_FAST_CUDA": "0"},
+        },
         check=True,
     )
     return folder

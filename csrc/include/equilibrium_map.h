@@ -118,4 +118,40 @@ struct Backward : Operands {
   double* grad_beta;
 };
 
+constexpr int kVectorsOfBlock = 64;
+
+// The same on a GPU, where beta is a number in its memory, the data are cut into `splits` runs of
+// `split_rows`, each with sums of its own in float64, and what there is of scratch memory is named.
+struct OnDevice {
+  DType dtype;
+  std::int64_t n, m, d;
+  const void* beta;
+  DType beta_dtype;
+  Matrix x, psi;
+  Vector log_prior;
+  double uniform;  // the logarithm of each prior without it
+  Matrix mapped;
+  void *log_normaliser, *log_mass;  // dense
+  std::int64_t splits, split_rows;
+};
+
+struct ForwardOnDevice : OnDevice {
+  double *bounds, *masses;  // [splits, m]
+  double* means;            // [splits, m, d]
+};
+
+// Scratch for gradients that nobody wants is absent, too.
+struct BackwardOnDevice : OnDevice {
+  Matrix grad_mapped;
+  Vector grad_log_normaliser;
+  Matrix grad_x, grad_psi;
+  Vector grad_log_prior;
+  void* grad_beta;
+  void* rest;          // [n], of the arithmetic's type
+  void* sums;          // [n, d], of the arithmetic's type: gradients to x of the vectors so far
+  double* psi_sums;    // [splits, m, d]
+  double* prior_sums;  // [splits, m]
+  double* beta_sums;   // [splits, blocks of vectors]
+};
+
 }  // namespace geco::equilibrium_map

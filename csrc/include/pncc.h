@@ -59,4 +59,27 @@ struct Backward : Problem {
   std::int64_t grad_image_stride[2][2 + kDims];
 };
 
+// On a GPU a tile has kTile columns and kTileRows rows, and kOwn times as many planes in a volume,
+// rows elsewhere.
+constexpr int kTile = 32, kTileRows = 8, kOwn = 4;
+
+// The same on a GPU: the tiles above are of patches, and those of pixels have their own. Scores and
+// coefficients [fields, batch, groups, *count], float64, have a place if they are to be made.
+struct OnDevice : Backward {
+  void* scores;
+  double* coefficients;
+  // Values nearest to zero of parts of the images, [2, batch, groups, parts]; null stands for
+  // zeros.
+  double* pivots;
+  std::int64_t parts;
+  std::int64_t pixel_tile[kDims], pixel_tiles[kDims];
+  std::int64_t tiles_of_group, tasks_on_device, pixel_tiles_of_group, pixel_tasks;
+
+  // The gradient to x needs two more. In float64 differences have two parts.
+  int coefficient_fields() const { return grad_image[0] == nullptr ? 3 : 5; }
+  int stored_fields() const {
+    return coefficient_fields() + (dtype == DType::kFloat64 ? coefficient_fields() / 2 : 0);
+  }
+};
+
 }  // namespace geco::pncc

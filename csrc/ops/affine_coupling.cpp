@@ -1,6 +1,5 @@
 #include "ops/affine_coupling.h"
 
-#include "cpu/kernels.h"
 #include "include/affine_coupling.h"
 
 namespace geco {
@@ -30,9 +29,9 @@ ScaleMap scale_map_of(const Text& name) {
   return ScaleMap::kSigmoid;
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& log_scale,
-                                               const Tensor& shift, bool inverse, Text scale_map,
-                                               double clamp) {
+std::tuple<Tensor, Tensor> affine_coupling_op(const Tensor& x, const Tensor& log_scale,
+                                              const Tensor& shift, bool inverse, Text scale_map,
+                                              double clamp) {
   check(x, {&log_scale, &shift});
   const Strides value = wide_strides_of(x), offset = wide_strides_of(shift);
   const Strides conditioner = wide_strides_of(log_scale);
@@ -47,12 +46,13 @@ std::tuple<Tensor, Tensor> affine_coupling_cpu(const Tensor& x, const Tensor& lo
   const Operand operands[] = {input(x), input(log_scale), input(shift), output(y)};
   Forward params{.dtype = dtype_of(x), .map = map, .inverse = inverse, .clamp = clamp};
   describe_rows(x, memory_order(x, {&operands[Forward::kY].strides}), operands, &params.rows);
-  const Tensor log_det = sum_rows_cpu(x, &params, &Forward::log_det, inverse ? -1 : 1,
-                                      cpu::active().kernels->affine_coupling_forward);
+  const Tensor log_det =
+      sum_rows(x, &params, &Forward::log_det, inverse ? -1 : 1,
+               [&](const Forward& p) { GECO_LAUNCH_ROWS(affine_coupling_forward, p, x); });
   return {y, log_det};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward_op(
     const Tensor& x, const Tensor& log_scale, const std::optional<Tensor>& shift, bool inverse,
     Text scale_map, double clamp, const std::optional<Tensor>& grad_y,
     const std::optional<Tensor>& grad_log_det, bool needs_x, bool needs_log_scale,
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward_cpu(
     describe_rows(
         x, memory_order(x, {&operands[4].strides, &operands[5].strides, &operands[6].strides}),
         operands, &params.rows);
-    launch_rows_cpu(params, cpu::active().kernels->affine_coupling_backward);
+    GECO_LAUNCH_ROWS(affine_coupling_backward, params, x);
   }
   return {grad_x, grad_log_scale, grad_shift};
 }

@@ -274,8 +274,8 @@ Weight weight_of(const Geometry& g, const Tensor& weight, const Tensor& transfor
 
 }  // namespace
 
-Tensor winograd_weight_cpu(const Tensor& weight, std::int64_t split, std::int64_t blocks,
-                           std::int64_t height, std::int64_t width, bool transposed) {
+Tensor winograd_weight_op(const Tensor& weight, std::int64_t split, std::int64_t blocks,
+                          std::int64_t height, std::int64_t width, bool transposed) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) &&
                       weight.scalar_type() == ScalarType::Float,
                   "Winograd's domain takes float32 weights [out, in, r, r]");
@@ -297,10 +297,10 @@ Tensor winograd_weight_cpu(const Tensor& weight, std::int64_t split, std::int64_
   return result;
 }
 
-Tensor winograd_weight_backward_cpu(const Tensor& grad, std::int64_t out_channels,
-                                    std::int64_t in_channels, std::int64_t kernel,
-                                    std::int64_t split, std::int64_t blocks, std::int64_t height,
-                                    std::int64_t width) {
+Tensor winograd_weight_backward_op(const Tensor& grad, std::int64_t out_channels,
+                                   std::int64_t in_channels, std::int64_t kernel,
+                                   std::int64_t split, std::int64_t blocks, std::int64_t height,
+                                   std::int64_t width) {
   const Geometry g =
       geometry_of(0, height, width, kernel, split, in_channels - split, out_channels, blocks);
   STD_TORCH_CHECK(
@@ -317,8 +317,8 @@ Tensor winograd_weight_backward_cpu(const Tensor& grad, std::int64_t out_channel
   return result;
 }
 
-Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const Tensor& transformed,
-                           const std::optional<Tensor>& bias) {
+Tensor winograd_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& transformed,
+                          const std::optional<Tensor>& bias) {
   const std::int64_t out_channels = weight.size(0);
   const Tensor image = channels_inside(x);
   const Tensor result = empty_image(x, out_channels);
@@ -332,10 +332,12 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const Tensor& 
   return laid_out(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-std::tuple<Tensor, Tensor, Tensor> winograd_step_cpu(
-    const std::optional<Tensor>& x, const Tensor& h, const Tensor& c, const Tensor& weight,
-    const Tensor& transformed, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& x_projection, double forget_bias, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> winograd_step_op(const std::optional<Tensor>& x, const Tensor& h,
+                                                    const Tensor& c, const Tensor& weight,
+                                                    const Tensor& transformed,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>& x_projection,
+                                                    double forget_bias, bool keep) {
   const std::int64_t channels = h.size(1);
   STD_TORCH_CHECK(same_sizes(h, c), "c must have the shape of h");
   const std::optional<Tensor> first = channels_inside(x),
@@ -357,14 +359,14 @@ std::tuple<Tensor, Tensor, Tensor> winograd_step_cpu(
       is_channels_last(weight) || ((!x.has_value() || is_channels_last(*x)) && is_channels_last(h));
   if (!forward(params, h, transformed, first, hidden)) {
     const Tensor direct = direct_gates(x, h, weight, bias, x_projection);
-    const auto [h_direct, c_direct] = lstm_gates_cpu(direct, cell, forget_bias);
+    const auto [h_direct, c_direct] = lstm_gates_op(direct, cell, forget_bias);
     return {laid_out(h_direct, channels_last), laid_out(c_direct, channels_last),
             keep ? direct : gates};
   }
   return {laid_out(h_next, channels_last), laid_out(c_next, channels_last), gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> winograd_backward_op(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
     const Tensor& weight, const Tensor& transposed, std::int64_t blocks, std::int64_t wanted,
     const std::optional<Tensor>& total) {

@@ -188,13 +188,13 @@ Tensor forward(const Tensor& x, const std::optional<Tensor>& projection,
 
 }  // namespace
 
-Tensor coupling_mlp_cpu(const Tensor& x, const std::optional<Tensor>& context_projection,
-                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                        Text activation) {
+Tensor coupling_mlp_op(const Tensor& x, const std::optional<Tensor>& context_projection,
+                       const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                       Text activation) {
   return forward(x, context_projection, weights, biases, activation, nullptr);
 }
 
-std::tuple<Tensor, Tensor> coupling_mlp_with_hidden_cpu(
+std::tuple<Tensor, Tensor> coupling_mlp_with_hidden_op(
     const Tensor& x, const std::optional<Tensor>& context_projection,
     const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Text activation) {
   Tensor hidden;
@@ -313,15 +313,15 @@ Tensor with_dense_rows(const Tensor& tensor) {
 
 }  // namespace
 
-std::vector<Tensor> coupling_mlp_backward_cpu(const Tensor& x, const std::vector<Tensor>& weights,
-                                              Text activation, const Tensor& hidden,
-                                              const Tensor& grad, const std::vector<bool>& wanted) {
+std::vector<Tensor> coupling_mlp_backward_op(const Tensor& x, const std::vector<Tensor>& weights,
+                                             Text activation, const Tensor& hidden,
+                                             const Tensor& grad, const std::vector<bool>& wanted) {
   STD_TORCH_CHECK(!weights.empty() && is_matrix(grad, x.size(0), weights.back().size(0), x),
                   "coupling_mlp: the gradient must have the shape and dtype of the result");
   return backward(x, weights, activation, hidden, matrix(grad), wanted, {});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_op(
     const Tensor& x, const std::optional<Tensor>& context,
     const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases, Text activation, bool keeps_second, bool inverse,
@@ -348,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_layer_cpu(
   return {y, log_det, hidden, keep ? raw : empty_vector(x, 0, x.scalar_type())};
 }
 
-std::vector<Tensor> coupling_layer_backward_cpu(
+std::vector<Tensor> coupling_layer_backward_op(
     const Tensor& x, const std::optional<Tensor>& context,
     const std::optional<Tensor>& context_weight, const std::vector<Tensor>& weights,
     Text activation, bool keeps_second, bool inverse, Text scale_map, double clamp,

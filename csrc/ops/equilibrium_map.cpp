@@ -1,17 +1,27 @@
 #include "ops/equilibrium_map.h"
 
-#include "cpu/kernels.h"
+#include <cmath>
+#include <limits>
+#include <vector>
+
 #include "include/equilibrium_map.h"
 
 namespace geco {
 
 namespace {
 
+#ifdef GECO_CUDA
+using equilibrium_map::kVectorsOfBlock;
+using Backward = equilibrium_map::BackwardOnDevice;
+using Forward = equilibrium_map::ForwardOnDevice;
+using Operands = equilibrium_map::OnDevice;
+#else
 using equilibrium_map::Backward;
 using equilibrium_map::Forward;
 using equilibrium_map::kPad;
 using equilibrium_map::make_plan;
 using equilibrium_map::Operands;
+#endif
 using equilibrium_map::Vector;
 
 enum Wanted { kX = 1, kPsi = 2, kBeta = 4, kLogPrior = 8 };
@@ -28,6 +38,48 @@ void check(const Tensor& x, const Tensor& psi, const Tensor& beta,
       "equilibrium_map: log_prior must be [m], of the dtype of x");
 }
 
+Vector vector(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
+}
+Vector vector(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? vector(*tensor) : Vector{nullptr, 0};
+}
+
+#ifdef GECO_CUDA
+std::int64_t blocks_of_vectors(const Operands& p) {
+  return (p.m + kVectorsOfBlock - 1) / kVectorsOfBlock;
+}
+
+// Cuts the data so that blocks keep a GPU busy and their sums stay small.
+void share_out(Operands* p) {
+  constexpr std::int64_t kBusy = 512, kFewestRows = 256, kRows = 32;
+  constexpr std::int64_t kMemory = std::int64_t(1) << 26;
+  const auto parts = [](std::int64_t all, std::int64_t each) { return (all + each - 1) / each; };
+  const std::int64_t blocks = std::max<std::int64_t>(1, blocks_of_vectors(*p));
+  const std::int64_t sums = 8 * std::max<std::int64_t>(1, p->m) * std::max<std::int64_t>(1, p->d);
+  const std::int64_t most = std::min(parts(kBusy, blocks), parts(p->n, kFewestRows));
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(most, kMemory / sums));
+  p->split_rows = std::max<std::int64_t>(1, parts(parts(p->n, wanted), kRows)) * kRows;
+  p->splits = std::max<std::int64_t>(1, parts(p->n, p->split_rows));
+}
+
+// Scratch memory, if it is wanted.
+double* scratch(const Tensor& like, bool is_wanted, std::int64_t size, std::vector<Tensor>* held) {
+  if (!is_wanted) return nullptr;
+  held->push_back(empty_vector(like, size, ScalarType::Double));
+  return static_cast<double*>(held->back().mutable_data_ptr());
+}
+
+// Without data or vectors there is nothing to launch, and no gradient.
+bool fill_without_pairs(const Operands& p, std::initializer_list<Tensor> zeros,
+                        std::initializer_list<Tensor> minus_infinities) {
+  if (p.n > 0 && p.m > 0) return false;
+  for (Tensor tensor : zeros) torch::stable::zero_(tensor);
+  for (Tensor tensor : minus_infinities)
+    torch::stable::fill_(tensor, -std::numeric_limits<double>::infinity());
+  return true;
+}
+#else
 // Calls visitor(pointer to the scalar's value, in the type torch has for its dtype).
 template <class Visitor>
 void visit_scalar(const Tensor& scalar, Visitor visitor) {
@@ -58,13 +110,7 @@ void set_value(const Tensor& scalar, double value) {
       *const_cast<Value*>(data) = Value(value);
   });
 }
-
-Vector vector(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
-}
-Vector vector(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? vector(*tensor) : Vector{nullptr, 0};
-}
+#endif
 
 void describe(const Tensor& x, const Tensor& psi, const Tensor& beta,
               const std::optional<Tensor>& log_prior, const Tensor& mapped,
@@ -73,17 +119,28 @@ void describe(const Tensor& x, const Tensor& psi, const Tensor& beta,
   to->n = x.size(0);
   to->m = psi.size(0);
   to->d = x.size(1);
-  to->beta = value_of(beta);
   to->x = matrix(x);
   to->psi = matrix(psi);
   to->log_prior = vector(log_prior);
   to->mapped = matrix(mapped);
+#ifdef GECO_CUDA
+  (void)backward;
+  to->uniform = -std::log(double(to->m));
+  to->beta = beta.const_data_ptr();
+  to->beta_dtype = dtype_of(beta);
+  to->log_normaliser = const_cast<void*>(log_normaliser.const_data_ptr());
+  to->log_mass = const_cast<void*>(log_mass.const_data_ptr());
+  share_out(to);
+#else
+  to->beta = value_of(beta);
   to->log_normaliser = vector(log_normaliser);
   to->log_mass = vector(log_mass);
   const std::int64_t element_size = compute_dtype(x) == ScalarType::Double ? 8 : 4;
   to->plan = make_plan(to->n, to->m, to->d, element_size, backward);
+#endif
 }
 
+#ifndef GECO_CUDA
 // Packs the vectors, works on the slots, joins them.
 template <class Params>
 void launch(Params& params, void (*pack)(const Params&, std::int64_t, std::int64_t),
@@ -101,12 +158,13 @@ void launch(Params& params, void (*pack)(const Params&, std::int64_t, std::int64
   run(work, params.plan.slots, 1);
   run(finish, groups, grain);
 }
+#endif
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> equilibrium_map_cpu(const Tensor& x, const Tensor& psi,
-                                                       const Tensor& beta,
-                                                       const std::optional<Tensor>& log_prior) {
+std::tuple<Tensor, Tensor, Tensor> equilibrium_map_op(const Tensor& x, const Tensor& psi,
+                                                      const Tensor& beta,
+                                                      const std::optional<Tensor>& log_prior) {
   check(x, psi, beta, log_prior);
   const ScalarType dtype = compute_dtype(x);
   // Laid out as PyTorch's zeros_like(psi).
@@ -117,13 +175,23 @@ std::tuple<Tensor, Tensor, Tensor> equilibrium_map_cpu(const Tensor& x, const Te
   const Tensor log_mass = empty_vector(psi, psi.size(0), dtype);
   Forward params{};
   describe(x, psi, beta, log_prior, mapped, log_normaliser, log_mass, false, &params);
+#ifdef GECO_CUDA
+  if (fill_without_pairs(params, {mapped}, {log_normaliser, log_mass}))
+    return {mapped, log_normaliser, log_mass};
+  std::vector<Tensor> held;
+  params.bounds = scratch(x, true, params.splits * params.m, &held);
+  params.masses = scratch(x, true, params.splits * params.m, &held);
+  params.means = scratch(x, true, params.splits * params.m * params.d, &held);
+  GECO_LAUNCH(equilibrium_map_forward, params, x);
+#else
   const cpu::Kernels& kernels = *cpu::active().kernels;
   launch<Forward>(params, kernels.equilibrium_map_forward_pack, kernels.equilibrium_map_forward,
                   kernels.equilibrium_map_forward_finish, x);
+#endif
   return {mapped, log_normaliser, log_mass};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> equilibrium_map_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> equilibrium_map_backward_op(
     const Tensor& x, const Tensor& psi, const Tensor& beta, const std::optional<Tensor>& log_prior,
     const Tensor& mapped, const Tensor& log_normaliser, const Tensor& log_mass,
     const std::optional<Tensor>& grad_mapped, const std::optional<Tensor>& grad_log_normaliser,
@@ -155,12 +223,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> equilibrium_map_backward_cpu(
   if (wanted & kX) params.grad_x = matrix(grad_x);
   if (wanted & kPsi) params.grad_psi = matrix(grad_psi);
   if (wants_prior) params.grad_log_prior = vector(grad_log_prior);
+#ifdef GECO_CUDA
+  if (fill_without_pairs(params, {grad_x, grad_psi, grad_beta, grad_log_prior}, {}))
+    return {grad_x, grad_psi, grad_beta, grad_log_prior};
+  if (wanted & kBeta) params.grad_beta = grad_beta.mutable_data_ptr();
+  const Tensor rest = empty_vector(x, params.n, dtype);
+  const bool adds_up = wanted & kX && params.m > kVectorsOfBlock;
+  const Tensor sums = empty_vector(x, adds_up ? params.n * params.d : 0, dtype);
+  params.rest = rest.mutable_data_ptr();
+  params.sums = adds_up ? sums.mutable_data_ptr() : nullptr;
+  std::vector<Tensor> held;
+  const std::int64_t all = params.splits * params.m;
+  params.psi_sums = scratch(x, wanted & kPsi, all * params.d, &held);
+  params.prior_sums = scratch(x, wants_prior, all, &held);
+  params.beta_sums = scratch(x, wanted & kBeta, params.splits * blocks_of_vectors(params), &held);
+  GECO_LAUNCH(equilibrium_map_backward, params, x);
+#else
   double beta_value = 0;
   if (wanted & kBeta) params.grad_beta = &beta_value;
   const cpu::Kernels& kernels = *cpu::active().kernels;
   launch<Backward>(params, kernels.equilibrium_map_backward_pack, kernels.equilibrium_map_backward,
                    kernels.equilibrium_map_backward_finish, x);
   if (wanted & kBeta) set_value(grad_beta, beta_value);
+#endif
   return {grad_x, grad_psi, grad_beta, grad_log_prior};
 }
 

@@ -1,6 +1,5 @@
 #include "ops/gaussian_latent.h"
 
-#include "cpu/kernels.h"
 #include "include/gaussian_latent.h"
 
 namespace geco {
@@ -21,9 +20,9 @@ void check(const Tensor& q_mean, std::initializer_list<const Tensor*> others) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> gaussian_latent_cpu(const Tensor& q_mean, const Tensor& q_log_std,
-                                               const Tensor& p_mean, const Tensor& p_log_std,
-                                               const Tensor& noise) {
+std::tuple<Tensor, Tensor> gaussian_latent_op(const Tensor& q_mean, const Tensor& q_log_std,
+                                              const Tensor& p_mean, const Tensor& p_log_std,
+                                              const Tensor& noise) {
   check(q_mean, {&q_log_std, &p_mean, &p_log_std, &noise});
   // The reference's layouts: exp(q_log_std), its product with the noise, their sum with q_mean.
   const Strides mean = wide_strides_of(q_mean), log_std = wide_strides_of(q_log_std);
@@ -36,12 +35,13 @@ std::tuple<Tensor, Tensor> gaussian_latent_cpu(const Tensor& q_mean, const Tenso
   Forward params{.dtype = dtype_of(q_mean)};
   describe_rows(q_mean, memory_order(q_mean, {&operands[Forward::kZ].strides}), operands,
                 &params.rows);
-  const Tensor kl = sum_rows_cpu(q_mean, &params, &Forward::kl, 1,
-                                 cpu::active().kernels->gaussian_latent_forward);
+  const Tensor kl = sum_rows(q_mean, &params, &Forward::kl, 1, [&](const Forward& p) {
+    GECO_LAUNCH_ROWS(gaussian_latent_forward, p, q_mean);
+  });
   return {z, kl};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_latent_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_latent_backward_op(
     const Tensor& q_mean, const Tensor& q_log_std, const Tensor& p_mean, const Tensor& p_log_std,
     const Tensor& noise, const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_kl,
     std::int64_t needs) {
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_latent_backward_cpu(
         memory_order(q_mean, {&operands[6].strides, &operands[7].strides, &operands[8].strides,
                               &operands[9].strides, &operands[10].strides}),
         operands, &params.rows);
-    launch_rows_cpu(params, cpu::active().kernels->gaussian_latent_backward);
+    GECO_LAUNCH_ROWS(gaussian_latent_backward, params, q_mean);
   }
   return {grads[0], grads[1], grads[2], grads[3], grads[4]};
 }

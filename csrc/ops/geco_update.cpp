@@ -3,7 +3,6 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/kernels.h"
 #include "include/geco_update.h"
 
 namespace geco {
@@ -87,14 +86,14 @@ State state_of(const Tensor& tensor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& ema,
-                                           const Tensor& log_lambda, const Tensor& step,
-                                           double alpha, double step_size, double lambda_min,
-                                           double lambda_max,
-                                           const std::optional<std::vector<double>>& max_log_step,
-                                           std::int64_t warmup_steps, std::int64_t update_every,
-                                           const std::optional<double>& speedup,
-                                           const Text& parametrization, bool update) {
+std::tuple<Tensor, Tensor> geco_update_op(const Tensor& c_hat, const Tensor& ema,
+                                          const Tensor& log_lambda, const Tensor& step,
+                                          double alpha, double step_size, double lambda_min,
+                                          double lambda_max,
+                                          const std::optional<std::vector<double>>& max_log_step,
+                                          std::int64_t warmup_steps, std::int64_t update_every,
+                                          const std::optional<double>& speedup,
+                                          const Text& parametrization, bool update) {
   check(c_hat, ema, log_lambda, step);
   if (update) check_writable(c_hat, ema, log_lambda, step);
   STD_TORCH_CHECK(!max_log_step || max_log_step->size() == 2,
@@ -111,7 +110,7 @@ std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& em
   const Tensor slope = empty(c_hat, c_hat.sizes(), {steps, std::size_t(c_hat.dim())}, dtype);
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const bool batched = c_hat.dim() == 2;
-  cpu::active().kernels->geco_update_step(Params{
+  const Params params{
       .constraints = c_hat.size(0),
       .batch = batched ? c_hat.size(1) : 1,
       .dtype = dtype_of(c_hat),
@@ -135,7 +134,8 @@ std::tuple<Tensor, Tensor> geco_update_cpu(const Tensor& c_hat, const Tensor& em
       .warmup_steps = warmup_steps,
       .update_every = update_every,
       .softplus2 = parametrization == "softplus2",
-  });
+  };
+  GECO_LAUNCH_ONCE(geco_update_step, params, c_hat);
   return {penalty, slope};
 }
 

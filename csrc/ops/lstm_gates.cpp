@@ -1,6 +1,5 @@
 #include "ops/lstm_gates.h"
 
-#include "cpu/kernels.h"
 #include "include/lstm_gates.h"
 
 namespace geco {
@@ -29,8 +28,7 @@ Operand gradient(const std::optional<Tensor>& grad, const Tensor& c) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> lstm_gates_cpu(const Tensor& gates, const Tensor& c,
-                                          double forget_bias) {
+std::tuple<Tensor, Tensor> lstm_gates_op(const Tensor& gates, const Tensor& c, double forget_bias) {
   check(gates, c);
   // The reference's layouts: sigmoid(f) is dense in the order of gates; then come two products.
   const Strides gate_strides = strides_of(gates), c_strides = strides_of(c);
@@ -50,14 +48,14 @@ std::tuple<Tensor, Tensor> lstm_gates_cpu(const Tensor& gates, const Tensor& c,
                               output(c_next)};
   Forward params{.dtype = dtype_of(c), .forget_bias = forget_bias};
   describe(c, operands, &params.operands);
-  launch_cpu(params, cpu::active().kernels->lstm_gates_forward);
+  GECO_LAUNCH(lstm_gates_forward, params, c);
   return {h, c_next};
 }
 
-std::tuple<Tensor, Tensor> lstm_gates_backward_cpu(const Tensor& gates, const Tensor& c,
-                                                   double forget_bias,
-                                                   const std::optional<Tensor>& grad_h,
-                                                   const std::optional<Tensor>& grad_c_next) {
+std::tuple<Tensor, Tensor> lstm_gates_backward_op(const Tensor& gates, const Tensor& c,
+                                                  double forget_bias,
+                                                  const std::optional<Tensor>& grad_h,
+                                                  const std::optional<Tensor>& grad_c_next) {
   check(gates, c);
   const Tensor grad_gates = gradient_like(gates, true);
   const Tensor grad_c = gradient_like(c, true);
@@ -78,7 +76,7 @@ std::tuple<Tensor, Tensor> lstm_gates_backward_cpu(const Tensor& gates, const Te
                               output(grad_c)};
   Backward params{.dtype = dtype_of(c), .forget_bias = forget_bias};
   describe(c, operands, &params.operands);
-  launch_cpu(params, cpu::active().kernels->lstm_gates_backward);
+  GECO_LAUNCH(lstm_gates_backward, params, c);
   return {grad_gates, grad_c};
 }
 

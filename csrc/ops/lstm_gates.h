@@ -7,11 +7,11 @@
 
 namespace geco {
 
-std::tuple<Tensor, Tensor> lstm_gates_cpu(const Tensor& gates, const Tensor& c, double forget_bias);
+std::tuple<Tensor, Tensor> lstm_gates_op(const Tensor& gates, const Tensor& c, double forget_bias);
 
-std::tuple<Tensor, Tensor> lstm_gates_backward_cpu(const Tensor& gates, const Tensor& c,
-                                                   double forget_bias,
-                                                   const std::optional<Tensor>& grad_h,
-                                                   const std::optional<Tensor>& grad_c_next);
+std::tuple<Tensor, Tensor> lstm_gates_backward_op(const Tensor& gates, const Tensor& c,
+                                                  double forget_bias,
+                                                  const std::optional<Tensor>& grad_h,
+                                                  const std::optional<Tensor>& grad_c_next);
 
 }  // namespace geco

@@ -1,19 +1,48 @@
 #include "ops/pncc.h"
 
+#include <algorithm>
 #include <limits>
+#include <vector>
 
-#include "cpu/kernels.h"
 #include "include/pncc.h"
 
 namespace geco {
 
 namespace {
 
+#ifdef GECO_CUDA
+using Backward = pncc::OnDevice;
+using Forward = pncc::OnDevice;
+#else
 using pncc::Backward;
 using pncc::Forward;
+#endif
 using pncc::kDims;
 using pncc::Problem;
 
+#ifdef GECO_CUDA
+// The tiles of a launch.
+void cut(const std::int64_t (&total)[kDims], std::int64_t (&tile)[kDims],
+         std::int64_t (&tiles)[kDims]) {
+  const bool is_deep = total[0] > 1;
+  tile[0] = is_deep ? pncc::kOwn : 1;
+  tile[1] = is_deep ? pncc::kTileRows : pncc::kTileRows * pncc::kOwn;
+  tile[2] = pncc::kTile;
+  for (int d = 0; d < kDims; ++d) tiles[d] = (total[d] + tile[d] - 1) / tile[d];
+}
+
+void cut(pncc::OnDevice* p) {
+  cut(p->count, p->tile, p->tiles);
+  cut(p->size, p->pixel_tile, p->pixel_tiles);
+  p->tiles_of_group = p->tiles_per_group();
+  p->tasks_on_device = p->tasks();
+  p->pixel_tiles_of_group = p->pixel_tiles[0] * p->pixel_tiles[1] * p->pixel_tiles[2];
+  p->pixel_tasks = p->batch * p->groups * p->pixel_tiles_of_group;
+}
+
+void cut_forward(Forward* p) { cut(p); }
+void cut_backward(Backward* p) { cut(p); }
+#else
 // Equal parts of at most `most`, all but the last whole vectors of any instruction set.
 std::int64_t part(std::int64_t total, std::int64_t most, std::int64_t multiple) {
   const std::int64_t parts = std::max<std::int64_t>(1, (total + most - 1) / most);
@@ -38,6 +67,10 @@ void cut(Problem* p, const std::int64_t (&total)[kDims], std::int64_t rows_held)
   }
   for (int d = 0; d < kDims; ++d) p->tiles[d] = (total[d] + p->tile[d] - 1) / p->tile[d];
 }
+
+void cut_forward(Forward* p) { cut(p, p->count, 5); }
+void cut_backward(Backward* p) { cut(p, p->size, 10); }
+#endif
 
 void describe_image(const Tensor& tensor, std::int64_t (&stride)[2 + kDims]) {
   const int missing = kDims + 2 - int(tensor.dim());
@@ -100,6 +133,41 @@ Problem problem_of(const Tensor& x, const Tensor& y, const Options& options) {
   return p;
 }
 
+#ifdef GECO_CUDA
+// The images' pivots, if they are to have any.
+Tensor find_pivots(pncc::OnDevice* params, const Tensor& x) {
+  constexpr std::int64_t kPart = 1 << 14, kMostParts = 64;
+  const std::int64_t images = 2 * params->batch * params->groups;
+  const bool has_zeros_around = params->pad[0] + params->pad[1] + params->pad[2] > 0;
+  params->parts = std::clamp<std::int64_t>(2 * x.numel() / images / kPart, 1, kMostParts);
+  const Tensor pivots =
+      empty_vector(x, has_zeros_around ? 0 : images * params->parts, ScalarType::Double);
+  if (has_zeros_around) return pivots;
+  params->pivots = static_cast<double*>(pivots.mutable_data_ptr());
+  GECO_LAUNCH(pncc_pivots, *params, x);
+  return pivots;
+}
+
+void run_forward(Forward params, const Tensor& x) {
+  const Tensor pivots = find_pivots(&params, x);
+  GECO_LAUNCH(pncc_scores, params, x);
+}
+
+void run_backward(Backward params, const Tensor& x) {
+  const Tensor pivots = find_pivots(&params, x);
+  const std::int64_t patches =
+      params.batch * params.groups * params.count[0] * params.count[1] * params.count[2];
+  const Tensor coefficients = empty_vector(x, params.stored_fields() * patches, ScalarType::Double);
+  params.coefficients = static_cast<double*>(coefficients.mutable_data_ptr());
+  GECO_LAUNCH(pncc_scores, params, x);
+  GECO_LAUNCH(pncc_gradients, params, x);
+}
+
+void finish(const Problem& params, const Tensor& sums) {
+  const std::int64_t of_each = params.groups * params.tiles_per_group();
+  add_partial_sums(params.partial, of_each, 1 / params.scale, sums);
+}
+#else
 // Runs a kernel over all tasks on torch's threads, each with scratch memory of its own.
 template <class Params, class Kernel, class Measure>
 void run(const Params& params, std::int64_t values, Kernel kernel, Measure measure) {
@@ -112,6 +180,19 @@ void run(const Params& params, std::int64_t values, Kernel kernel, Measure measu
     kernel(params, begin, end, scratch.get());
   });
 }
+
+void run_forward(const Forward& params, const Tensor& x) {
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  run(params, x.numel(), kernels.pncc_forward, kernels.pncc_forward_scratch);
+}
+
+void run_backward(const Backward& params, const Tensor& x) {
+  const cpu::Kernels& kernels = *cpu::active().kernels;
+  run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
+}
+
+void finish(const Problem& params, const Tensor&) { cpu::active().kernels->pncc_finish(params); }
+#endif
 
 // The shape of the scores, [B, *S'] or [B, C, *S'].
 std::vector<std::int64_t> score_sizes(const Problem& p, const Tensor& x, bool joint) {
@@ -133,12 +214,13 @@ double score_of_nothing(const Problem& p, const Options& options) {
 
 Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
   const Problem problem = problem_of(x, y, options);
-  Forward params{problem};
+  Forward params{};
+  static_cast<Problem&>(params) = problem;
   Tensor result = params.reduced
                       ? empty_sums(problem, x)
                       : torch::stable::new_empty(x, score_sizes(problem, x, options.joint));
   if (x.numel() == 0) return torch::stable::fill_(result, score_of_nothing(problem, options));
-  cut(&params, params.count, 5);
+  cut_forward(&params);
   const Tensor partial = empty_vector(x, params.reduced ? params.tasks() : 0, ScalarType::Double);
   if (params.reduced) {
     params.partial = static_cast<double*>(partial.mutable_data_ptr());
@@ -153,9 +235,8 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
     params.score_stride[1] = step;
     params.score_stride[0] = step * params.groups;
   }
-  const cpu::Kernels& kernels = *cpu::active().kernels;
-  run(params, x.numel(), kernels.pncc_forward, kernels.pncc_forward_scratch);
-  if (params.reduced) kernels.pncc_finish(params);
+  run_forward(params, x);
+  if (params.reduced) finish(params, result);
   return result;
 }
 
@@ -163,7 +244,8 @@ Tensor forward(const Tensor& x, const Tensor& y, const Options& options) {
 // the image whose gradient is wanted for certain.
 Backward backward_of(const Tensor& x, const Tensor& y, const Options& options, const Tensor& grad_x,
                      const Tensor& grad_y, bool wants_x, bool wants_y) {
-  Backward params{wants_y ? problem_of(x, y, options) : problem_of(y, x, options)};
+  Backward params{};
+  static_cast<Problem&>(params) = wants_y ? problem_of(x, y, options) : problem_of(y, x, options);
   const Tensor& certain = wants_y ? grad_y : grad_x;
   params.grad_dtype = dtype_of(certain);
   params.grad_image[1] = certain.mutable_data_ptr();
@@ -172,7 +254,7 @@ Backward backward_of(const Tensor& x, const Tensor& y, const Options& options, c
     params.grad_image[0] = grad_x.mutable_data_ptr();
     describe_image(grad_x, params.grad_image_stride[0]);
   }
-  cut(&params, params.size, 10);
+  cut_backward(&params);
   return params;
 }
 
@@ -196,8 +278,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& y, const Opti
     for (std::int64_t d = first; d < grad.dim(); ++d)
       params.score_stride[2 + kDims - (grad.dim() - first) + (d - first)] = grad.stride(d);
   }
-  const cpu::Kernels& kernels = *cpu::active().kernels;
-  run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
+  run_backward(params, x);
   return {grad_x, grad_y};
 }
 
@@ -217,9 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& x, const Tensor&
   const Tensor partial = empty_vector(x, params.tasks(), ScalarType::Double);
   params.partial = static_cast<double*>(partial.mutable_data_ptr());
   params.sums = sums.mutable_data_ptr();
-  const cpu::Kernels& kernels = *cpu::active().kernels;
-  run(params, x.numel(), kernels.pncc_backward, kernels.pncc_backward_scratch);
-  kernels.pncc_finish(params);
+  run_backward(params, x);
+  finish(params, sums);
   return {sums, grad_x, grad_y};
 }
 
@@ -250,23 +330,22 @@ Options window_options(const Tensor& x, std::int64_t kernel_size, double smooth_
 
 }  // namespace
 
-Tensor pncc_cpu(const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
-                const std::vector<std::int64_t>& stride, const Text& channels, double eps,
-                const Text& reduction) {
+Tensor pncc_op(const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
+               const std::vector<std::int64_t>& stride, const Text& channels, double eps,
+               const Text& reduction) {
   return forward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction));
 }
 
-std::tuple<Tensor, Tensor> pncc_backward_cpu(const Tensor& x, const Tensor& y,
-                                             const std::vector<std::int64_t>& patch_size,
-                                             const std::vector<std::int64_t>& stride,
-                                             const Text& channels, double eps,
-                                             const Text& reduction, const Tensor& grad,
-                                             bool wants_x, bool wants_y) {
+std::tuple<Tensor, Tensor> pncc_backward_op(const Tensor& x, const Tensor& y,
+                                            const std::vector<std::int64_t>& patch_size,
+                                            const std::vector<std::int64_t>& stride,
+                                            const Text& channels, double eps, const Text& reduction,
+                                            const Tensor& grad, bool wants_x, bool wants_y) {
   return backward(x, y, patch_options(x, patch_size, stride, channels, eps, reduction), grad,
                   wants_x, wants_y);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pncc_with_gradients_cpu(
+std::tuple<Tensor, Tensor, Tensor> pncc_with_gradients_op(
     const Tensor& x, const Tensor& y, const std::vector<std::int64_t>& patch_size,
     const std::vector<std::int64_t>& stride, const Text& channels, double eps,
     const Text& reduction, bool wants_x, bool wants_y) {
@@ -274,24 +353,24 @@ std::tuple<Tensor, Tensor, Tensor> pncc_with_gradients_cpu(
                         wants_x, wants_y);
 }
 
-Tensor lncc_cpu(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
-                double smooth_dr, const Text& reduction) {
+Tensor lncc_op(const Tensor& x, const Tensor& y, std::int64_t kernel_size, double smooth_nr,
+               double smooth_dr, const Text& reduction) {
   return forward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction));
 }
 
-std::tuple<Tensor, Tensor> lncc_backward_cpu(const Tensor& x, const Tensor& y,
-                                             std::int64_t kernel_size, double smooth_nr,
-                                             double smooth_dr, const Text& reduction,
-                                             const Tensor& grad, bool wants_x, bool wants_y) {
+std::tuple<Tensor, Tensor> lncc_backward_op(const Tensor& x, const Tensor& y,
+                                            std::int64_t kernel_size, double smooth_nr,
+                                            double smooth_dr, const Text& reduction,
+                                            const Tensor& grad, bool wants_x, bool wants_y) {
   return backward(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction), grad,
                   wants_x, wants_y);
 }
 
-std::tuple<Tensor, Tensor, Tensor> lncc_with_gradients_cpu(const Tensor& x, const Tensor& y,
-                                                           std::int64_t kernel_size,
-                                                           double smooth_nr, double smooth_dr,
-                                                           const Text& reduction, bool wants_x,
-                                                           bool wants_y) {
+std::tuple<Tensor, Tensor, Tensor> lncc_with_gradients_op(const Tensor& x, const Tensor& y,
+                                                          std::int64_t kernel_size,
+                                                          double smooth_nr, double smooth_dr,
+                                                          const Text& reduction, bool wants_x,
+                                                          bool wants_y) {
   return with_gradients(x, y, window_options(x, kernel_size, smooth_nr, smooth_dr, reduction),
                         wants_x, wants_y);
 }

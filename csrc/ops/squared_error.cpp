@@ -1,6 +1,5 @@
 #include "ops/squared_error.h"
 
-#include "cpu/kernels.h"
 #include "include/squared_error.h"
 
 namespace geco {
@@ -27,19 +26,19 @@ double divisor_of(const Tensor& x, const Text& reduction) {
 
 }  // namespace
 
-Tensor squared_error_cpu(const Tensor& x, const Tensor& y, Text reduction) {
+Tensor squared_error_op(const Tensor& x, const Tensor& y, Text reduction) {
   check(x, y);
   const Operand operands[] = {input(x), input(y)};
   Forward params{.dtype = dtype_of(x)};
   describe_rows(x, memory_order(x, {&operands[0].strides, &operands[1].strides}), operands,
                 &params.rows);
-  return sum_rows_cpu(x, &params, &Forward::sums, divisor_of(x, reduction),
-                      cpu::active().kernels->squared_error_forward);
+  return sum_rows(x, &params, &Forward::sums, divisor_of(x, reduction),
+                  [&](const Forward& p) { GECO_LAUNCH_ROWS(squared_error_forward, p, x); });
 }
 
-std::tuple<Tensor, Tensor> squared_error_backward_cpu(const Tensor& x, const Tensor& y,
-                                                      Text reduction, const Tensor& grad,
-                                                      bool needs_x, bool needs_y) {
+std::tuple<Tensor, Tensor> squared_error_backward_op(const Tensor& x, const Tensor& y,
+                                                     Text reduction, const Tensor& grad,
+                                                     bool needs_x, bool needs_y) {
   check(x, y);
   const Tensor grad_x = gradient_like(x, needs_x), grad_y = gradient_like(y, needs_y);
   if (x.numel() == 0) return {grad_x, grad_y};
@@ -50,7 +49,7 @@ std::tuple<Tensor, Tensor> squared_error_backward_cpu(const Tensor& x, const Ten
                 memory_order(x, {&operands[2].strides, &operands[3].strides, &operands[0].strides,
                                  &operands[1].strides}),
                 operands, &params.rows);
-  launch_rows_cpu(params, cpu::active().kernels->squared_error_backward);
+  GECO_LAUNCH_ROWS(squared_error_backward, params, x);
   return {grad_x, grad_y};
 }
 

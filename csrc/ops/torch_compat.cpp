@@ -152,6 +152,11 @@ RowScalars row_scalars(const std::optional<Tensor>& grad, const Tensor& like) {
 
 void add_partial_sums(const double* partial, std::int64_t blocks, double divisor,
                       const Tensor& total) {
+#ifdef GECO_CUDA
+  const PartialSums params{partial,       blocks,          divisor,
+                           total.size(0), dtype_of(total), total.mutable_data_ptr()};
+  GECO_LAUNCH(add_partial_sums, params, total);
+#else
   visit_storage(dtype_of(total), [&]<class Storage>(Storage*) {
     using T = typename Compute<Storage>::type;
     T* out = static_cast<T*>(total.mutable_data_ptr());
@@ -161,6 +166,7 @@ void add_partial_sums(const double* partial, std::int64_t blocks, double divisor
       out[row] = T(sum.value() / divisor);
     }
   });
+#endif
 }
 
 }  // namespace geco

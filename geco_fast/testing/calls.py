@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from geco_fast._registry import KERNELS
 from geco_fast.testing.cases import Case, Tensors
 
 LEVELS = tuple(LIBRARY.instruction_sets()) if LIBRARY is not None else ()
+# A library of CUDA's kernels for the CPU, which stand in for the CPU's own; the tests load it.
+EMULATED = os.environ.get("GECO_EMULATED")
 
 # By the name of a result, state tensor or operand: in float64, and in the dtype under test
 # (float32 for float64, where the reference can't measure its own rounding).
@@ -25,13 +28,17 @@ def backends(operator: str, dtype: torch.dtype) -> list[str]:
     """Backends that serve an operator here, the CPU's once for each instruction set."""
     kernels = KERNELS.get(operator, {})
     levels = [f"cpu-{level}" for level in LEVELS if dtype in kernels.get("cpu", ())]
-    triton = dtype in kernels.get("triton", ()) and not unavailable_reason("triton")
-    return ["reference", *(["triton"] if triton else []), *levels]
+    gpus = [
+        name
+        for name in ("cuda", "triton")
+        if dtype in kernels.get(name, ()) and not unavailable_reason(name)
+    ]
+    return ["reference", *gpus, *levels]
 
 
 def device(backend: str) -> str:
     """Where a backend's tensors are; Triton's interpreter takes those of the CPU."""
-    return "cuda" if backend == "triton" and not interprets() else "cpu"
+    return "cuda" if backend == "cuda" or (backend == "triton" and not interprets()) else "cpu"
 
 
 @contextmanager
