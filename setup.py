@@ -169,7 +169,9 @@ def cuda_architecture_flags(nvcc: str) -> list[str]:
 
 def cuda_sources() -> list[Path]:
     """Sources of CUDA's library: its kernels, and the operators that have any, compiled for it."""
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    # The largest first, or one of those that take minutes would end alone.
+    found = (ROOT / "csrc" / "cuda").glob("*.cu")
+    kernels = sorted(found, key=lambda path: (-path.stat().st_size, path.name))
     stems = {"torch_compat", *(path.stem for path in kernels)}
     operators = [p for p in sorted((ROOT / "csrc" / "ops").glob("*.cpp")) if p.stem in stems]
     return [*kernels, *operators, ROOT / "csrc" / "register.cpp"]

@@ -408,7 +408,8 @@ These are bounds, not measurements.
 
 """
     # What follows is the CUDA library's, which tests/test_emulation.py holds to its code.
-    return text + _bounds() + PAGE.read_text()[PAGE.read_text().index(CUDA) :]
+    kept = PAGE.read_text()
+    return text + _bounds() + kept[kept.index(CUDA) :]
 
 
 def main(arguments: Sequence[str]) -> None:

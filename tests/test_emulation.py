@@ -18,8 +18,8 @@ from geco_fast.bench import gpu_kernels
 
 pytestmark = pytest.mark.skipif(bool(sanitizers_reason()), reason=sanitizers_reason())
 
-# Operators that are PyTorch's convolutions or products and others' kernels.
-LIBRARYS = ("conv2d", "conv_lstm_step", "coupling_mlp", "prepare_weight")
+# Operators that are PyTorch's convolutions or products, and kernels of the others.
+COMPOSED = ("conv2d", "conv_lstm_step", "coupling_mlp", "prepare_weight")
 NVCC = shutil.which("nvcc")
 ORDERS = [*product("012", "012")]
 # Fault -> what the process that runs into it says.
@@ -71,7 +71,7 @@ def test_races_change_bits_with_the_order(program: Path) -> None:
     assert len({run(program, "block-order", *orders)[1] for orders in ORDERS}) > 1
 
 
-EMULATED = [name for name, found in KERNELS.items() if "cuda" in found and name not in LIBRARYS]
+EMULATED = [name for name, found in KERNELS.items() if "cuda" in found and name not in COMPOSED]
 
 
 @pytest.fixture(scope="module")
@@ -192,4 +192,5 @@ def test_library_builds_without_spills(tmp_path: Path) -> None:
     )
     ((name, kernels, registers, local),) = gpu_kernels.library_resources(target)
     assert local == 0
-    assert on_the_page(name, kernels, registers, local)
+    if SETUP.cuda_release(NVCC) == (13, 0):  # the page's
+        assert on_the_page(name, kernels, registers, local)

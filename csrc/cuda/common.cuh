@@ -37,6 +37,8 @@ inline int blocks_for(std::int64_t units, std::int64_t per_block) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
+  // CUDA refuses an empty grid.
+  if (grid.x == 0) return;
 #ifdef GECO_EMULATION
   (void)stream;
   emulation::launch(kernel, grid, block, shared_bytes, arguments...);
@@ -228,11 +230,11 @@ struct Here {
 };
 
 // Whether every present operand can be moved N elements at a time.
-template <class Storage, int N, class Operands>
-bool is_packed(const Operands& operands) {
+template <class Storage, int N, int Inputs, int Outputs>
+bool is_packed(const Strided<Inputs, Outputs>& operands) {
   const int last = operands.dims - 1;
   if (last < 0 || operands.size[last] % N != 0) return false;
-  for (int k = 0; k < Operands::kOperands; ++k) {
+  for (int k = 0; k < operands.kOperands; ++k) {
     if (operands.data[k] == nullptr) continue;
     if (reinterpret_cast<std::uintptr_t>(operands.data[k]) % (sizeof(Storage) * N)) return false;
     if (operands.stride[k][last] != 1) return false;
@@ -242,18 +244,26 @@ bool is_packed(const Operands& operands) {
   return true;
 }
 
-template <int N>
-struct Width {};
+template <class Storage, int N, int Inputs, int Outputs>
+bool is_packed(const Rows<Inputs, Outputs>& rows) {
+  if (!is_packed<Storage, N>(rows.first)) return false;
+  for (int k = 0; k < rows.kOperands; ++k)
+    if (rows.first.data[k] != nullptr && rows.count > 1 && rows.step[k] % N) return false;
+  return true;
+}
 
-// Calls `launch_packs` with the Width of a pack: of 16 bytes where the layout allows it, else of an
-// element.
+// A number that is known when a kernel is compiled.
+template <int N>
+struct Constant {};
+
+// Calls `launch_packs` with the elements of a pack: 16 bytes where the layout allows it, else one.
 template <class Storage, class Operands, class Launch>
 void at_width(const Operands& operands, Launch launch_packs) {
   constexpr int kWidest = kAccess / int(sizeof(Storage));
   if (is_packed<Storage, kWidest>(operands))
-    launch_packs(Width<kWidest>{});
+    launch_packs(Constant<kWidest>{});
   else
-    launch_packs(Width<1>{});
+    launch_packs(Constant<1>{});
 }
 
 template <class Storage, int N, class Operands, class Body>
@@ -270,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 template <class Operands, class Body>
 void for_each(DType dtype, const Operands& operands, cudaStream_t stream, const Body& body) {
   visit_storage(dtype, [&]<class Storage>(Storage*) {
-    at_width<Storage>(operands, [&]<int N>(Width<N>) {
+    at_width<Storage>(operands, [&]<int N>(Constant<N>) {
       const std::int64_t packs = operands.numel() / N;
       launch(for_each_kernel<Storage, N, Operands, Body>, blocks_for(packs, kThreads), kThreads, 0,
              stream, operands, packs, body);

@@ -313,6 +313,17 @@ struct WeightedSums {
 constexpr int room_of(Kept kept) { return kept == Kept::kFew ? 0 : kThreads * kEach; }
 static_assert(kRows * kColumnStep <= kDepth * kVectorStep);
 
+// A tile of vectors with one of the splits of the data.
+struct Part {
+  std::int64_t first_vector, split, begin, end;
+
+  __device__ __forceinline__ Part(const OnDevice& p, std::int64_t block, std::int64_t split)
+      : first_vector(block * kVectors),
+        split(split),
+        begin(split * p.split_rows),
+        end(begin + p.split_rows < p.n ? begin + p.split_rows : p.n) {}
+};
+
 // The largest over a warp. NaN never is.
 template <class T>
 __device__ __forceinline__ T largest_of_warp(T x) {
@@ -334,9 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T temperature = T(temperature_of(p));
   const std::int64_t blocks = (p.m + kVectors - 1) / kVectors;
   for (std::int64_t unit = blockIdx.x; unit < blocks * p.splits; unit += gridDim.x) {
-    const std::int64_t first_vector = unit % blocks * kVectors, split = unit / blocks;
-    const std::int64_t begin = split * p.split_rows;
-    const std::int64_t end = begin + p.split_rows < p.n ? begin + p.split_rows : p.n;
+    const auto [first_vector, split, begin, end] = Part(p, unit % blocks, unit / blocks);
     double* const means = p.means + split * p.m * p.d;
     WeightedSums<Storage, kKeptIn, false> sums;
     T largest[kEach];
@@ -539,9 +548,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const std::int64_t blocks = (p.m + kVectors - 1) / kVectors;
   const double ones[kEach] = {1, 1, 1, 1, 1, 1, 1, 1};
   for (std::int64_t unit = blockIdx.x; unit < blocks * p.splits; unit += gridDim.x) {
-    const std::int64_t first_vector = unit % blocks * kVectors, split = unit / blocks;
-    const std::int64_t begin = split * p.split_rows;
-    const std::int64_t end = begin + p.split_rows < p.n ? begin + p.split_rows : p.n;
+    const auto [first_vector, split, begin, end] = Part(p, unit % blocks, unit / blocks);
     double* const psi_sums = p.psi_sums == nullptr ? nullptr : p.psi_sums + split * p.m * p.d;
     WeightedSums<Storage, kKeptIn, true> sums;
     double to_prior[kEach] = {}, to_beta = 0;

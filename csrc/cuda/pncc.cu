@@ -514,11 +514,11 @@ void pncc_scores_cuda(const pncc::OnDevice& params, cudaStream_t stream) {
 void pncc_gradients_cuda(const pncc::OnDevice& params, cudaStream_t stream) {
   using namespace cuda;
   visit_storage(params.dtype, [&]<class Storage>(Storage*) {
-    const auto run = [&]<int kCount>(Width<kCount>) {
+    const auto run = [&]<int kCount>(Constant<kCount>) {
       launch(gradients_kernel<Storage, kCount>, blocks_for(params.pixel_tasks, 1), kThreads,
              shared_bytes<Coefficients<Storage, kCount>>(), stream, params);
     };
-    params.coefficient_fields() == 3 ? run(Width<3>{}) : run(Width<5>{});
+    params.coefficient_fields() == 3 ? run(Constant<3>{}) : run(Constant<5>{});
   });
 }
 

@@ -18,23 +18,6 @@ __device__ __forceinline__ auto here_in(const Rows& rows, std::int64_t row, std:
   return here;
 }
 
-template <class Storage, int N, class Rows>
-bool rows_are_packed(const Rows& rows) {
-  if (!is_packed<Storage, N>(rows.first)) return false;
-  for (int k = 0; k < Rows::kOperands; ++k)
-    if (rows.first.data[k] != nullptr && rows.count > 1 && rows.step[k] % N) return false;
-  return true;
-}
-
-template <class Storage, class Rows, class Launch>
-void at_width_of_rows(const Rows& rows, Launch launch_packs) {
-  constexpr int kWidest = kAccess / int(sizeof(Storage));
-  if (rows_are_packed<Storage, kWidest>(rows))
-    launch_packs(Width<kWidest>{});
-  else
-    launch_packs(Width<1>{});
-}
-
 // Sum over a group of kLanes threads, at its first one. `scratch` has one number for each warp.
 template <int kLanes>
 __device__ __forceinline__ double sum_of_group(double sum, double* scratch) {
@@ -84,18 +67,18 @@ template <class Rows, class Term>
 void sum_rows(DType dtype, const Rows& rows, const RowSums& sums, cudaStream_t stream,
               const Term& term) {
   visit_storage(dtype, [&]<class Storage>(Storage*) {
-    at_width_of_rows<Storage>(rows, [&]<int N>(Width<N>) {
+    at_width<Storage>(rows, [&]<int N>(Constant<N>) {
       const std::int64_t blocks = rows.length > kBlock ? (rows.length + kBlock - 1) / kBlock : 1;
-      const auto with = [&]<int kLanes>(Width<kLanes>) {
+      const auto with = [&]<int kLanes>(Constant<kLanes>) {
         launch(sum_rows_kernel<Storage, N, kLanes, Rows, Term>,
                blocks_for(rows.count * blocks, kThreads / kLanes), kThreads,
                kThreads / kWarp * sizeof(double), stream, rows, blocks, sums, term);
       };
       // A warp is enough for so few packs that few threads of a block would have any.
       if (rows.length / N <= 4 * kWarp)
-        with(Width<kWarp>{});
+        with(Constant<kWarp>{});
       else
-        with(Width<kThreads>{});
+        with(Constant<kThreads>{});
     });
   });
 }
@@ -128,7 +111,7 @@ template <class Rows, class Body>
 void for_each_in_rows(DType dtype, const Rows& rows, const RowScalars& scalars, cudaStream_t stream,
                       const Body& body) {
   visit_storage(dtype, [&]<class Storage>(Storage*) {
-    at_width_of_rows<Storage>(rows, [&]<int N>(Width<N>) {
+    at_width<Storage>(rows, [&]<int N>(Constant<N>) {
       launch(for_each_in_rows_kernel<Storage, N, Rows, Body>,
              blocks_for(rows.count * (rows.length / N), kThreads), kThreads, 0, stream, rows,
              scalars, body);
