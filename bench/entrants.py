@@ -90,7 +90,7 @@ class OperatorProblem:
         self.case = case
         self.operator = case.operator
         self.bound = case.bound
-        self.rivals = {"eager": PLAIN, "compile": COMPILED, **operator_rivals(case)}
+        self.rivals = {"eager": PLAIN, "compile": COMPILED, **operator_rivals(case, device)}
         # Drawing large tensors takes longer than most sides take on them.
         self.tensors = functools.lru_cache(maxsize=1)(self._draw)
 

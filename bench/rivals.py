@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from geco_fast import ops
+from geco_fast._registry import KERNELS
 from geco_fast.testing.cases import Case, cases
 
 # What there is for every operator and module; "self" is ours once more, and shows the noise.
@@ -62,9 +64,19 @@ def declared(operator: str) -> Mapping[str, Rival]:
     return rivals
 
 
-def operator_rivals(case: Case) -> dict[str, Rival]:
+# On a GPU, where CUDA's kernels are ours if this installation has them.
+TRITON = Rival(
+    build=lambda case: partial(getattr(ops, case.operator), **case.options, backend="triton"),
+    note="our own kernels in Triton",
+)
+
+
+def operator_rivals(case: Case, device: str = "cpu") -> dict[str, Rival]:
     """Rivals that serve a case, besides those there always are."""
-    return {name: rival for name, rival in declared(case.operator).items() if rival.serves(case)}
+    found = {name: rival for name, rival in declared(case.operator).items() if rival.serves(case)}
+    if device == "cuda" and "triton" in KERNELS.get(case.operator, ()):
+        found["triton"] = TRITON
+    return found
 
 
 def bench_cases(operator: str | None = None, device: str = "cpu") -> list[Case]:

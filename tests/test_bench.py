@@ -98,6 +98,7 @@ print(*counts)
 def test_rivals_of_an_operator(operator: str, names: set[str]) -> None:
     for case in bench_cases(operator):
         assert set(operator_rivals(case)) == names
+        assert set(operator_rivals(case, "cuda")) == names | {"triton"}
 
 
 def test_every_rival_gets_a_row_in_each_direction() -> None:

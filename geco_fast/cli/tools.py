@@ -29,13 +29,13 @@ _WIDTH = 400
 
 def _names() -> list[str]:
     """Operators and modules that have cases."""
-    operators = dict.fromkeys(case.operator for case in bench_cases())
+    operators = dict.fromkeys(case.operator for case in bench_cases(device="cuda"))
     return [*operators, *dict.fromkeys(case.module for case in MODULES)]
 
 
 def _rivals() -> list[str]:
     """Every rival of some case."""
-    operators = (name for case in bench_cases() for name in operator_rivals(case))
+    operators = (name for case in bench_cases() for name in operator_rivals(case, "cuda"))
     return [*dict.fromkeys([*ALWAYS, *operators, *(name for m in MODULES for name in m.rivals)])]
 
 

@@ -779,6 +779,16 @@ CONV_LSTM_STEP = [
         tags=SMALL,
     ),
     Case("conv_lstm_step", "kernel-5", _conv_lstm(3, 2, 5, (7, 6), (5, 5)), scale=0.3),
+    *(
+        Case(
+            "conv_lstm_step",
+            f"{k}x{k}-64x64x16x16",
+            _conv_lstm(64, 64, 64, (16, 16), (k, k)),
+            scale=0.3,
+            tags=BENCH_GPU,
+        )
+        for k in (3, 5)
+    ),
     Case("conv_lstm_step", "one", _conv_lstm(1, 1, 1, (1, 1), (5, 5))),
     Case("conv_lstm_step", "no-batch", _conv_lstm(0, 2, 3, (4, 4), (3, 3))),
     Case("conv_lstm_step", "no-inputs", _conv_lstm(2, 0, 3, (4, 4), (3, 3))),
