@@ -1,4 +1,4 @@
-"""Every operator with kernels on random calls: Triton's, and every instruction set's."""
+"""Every operator with kernels on random calls: a GPU's, and every instruction set's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from geco_fast import ops
-from geco_fast._backend import interprets
+from geco_fast._backend import interprets, unavailable_reason
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import FEWEST_ELEMENTS, REDRAWS, Budget
 from geco_fast.testing.calls import (
@@ -261,7 +261,7 @@ def as_plain_call(example: Example) -> Example:
 
 
 def check(example: Example, kernels: str) -> None:
-    if kernels == "triton":
+    if kernels != "cpu":
         example = as_plain_call(example)
     found = backends(example.case.operator, example.dtype)
     served_by = [backend for backend in found if backend.startswith(kernels)]
@@ -288,7 +288,15 @@ def check(example: Example, kernels: str) -> None:
 
 
 OPERATORS = sorted(set(CALLS) & set(ops.__all__))
-TRITON = [operator for operator in OPERATORS if "triton" in KERNELS.get(operator, {})]
+OF_A_GPU = pytest.mark.parametrize(
+    ("operator", "kernels"),
+    [
+        pytest.param(operator, kernels, id=f"{operator}-{kernels}")
+        for operator in OPERATORS
+        for kernels in ("cuda", "triton")
+        if kernels in KERNELS.get(operator, {})
+    ],
+)
 # A call in Triton's interpreter takes a thousand times longer.
 FEW = 10
 
@@ -300,10 +308,10 @@ def test_random_calls(operator: str, pytestconfig: pytest.Config) -> None:
     run(operator, "cpu", settings(QUICK, max_examples=count))
 
 
-@pytest.mark.parametrize("operator", TRITON)
-def test_random_calls_triton(operator: str, pytestconfig: pytest.Config) -> None:
+@OF_A_GPU
+def test_random_calls_on_gpu(operator: str, kernels: str, pytestconfig: pytest.Config) -> None:
     count = FEW if interprets() else pytestconfig.getoption("random_examples")
-    run(operator, "triton", settings(QUICK, max_examples=count))
+    run(operator, kernels, settings(QUICK, max_examples=count))
 
 
 @pytest.mark.slow
@@ -314,12 +322,14 @@ def test_many_random_calls(operator: str, pytestconfig: pytest.Config) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(interprets(), reason="takes too long in Triton's interpreter")
-@pytest.mark.parametrize("operator", TRITON)
-def test_many_random_calls_triton(operator: str, pytestconfig: pytest.Config) -> None:
-    run(operator, "triton", LONG, pytestconfig.getoption("random_seed"))
+@OF_A_GPU
+def test_many_random_calls_on_gpu(operator: str, kernels: str, pytestconfig: pytest.Config) -> None:
+    run(operator, kernels, LONG, pytestconfig.getoption("random_seed"))
 
 
 def run(operator: str, kernels: str, effort: settings, seed: int | None = None) -> None:
+    if kernels != "cpu" and unavailable_reason(kernels):
+        pytest.skip(unavailable_reason(kernels))
     test = given(examples(operator))(lambda example: check(example, kernels))
     effort(test if seed is None else hypothesis.seed(seed)(test))()
 
