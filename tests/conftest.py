@@ -55,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         # On a GPU it is PyTorch that fills it, in this mode.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # PyTorch's convolutions otherwise round float32 to 10 bits there.
+        torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -310,7 +310,9 @@ class StateOf:
 
 def lay_out_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in another dtype that keeps its strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype).copy_(tensor)
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device
+    ).copy_(tensor)
 
 
 @st.composite

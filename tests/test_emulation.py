@@ -15,11 +15,10 @@ from test_sanitizers import python, sanitizers_reason
 
 from geco_fast._registry import KERNELS
 from geco_fast.bench import gpu_kernels
+from geco_fast.testing.calls import COMPOSED
 
 pytestmark = pytest.mark.skipif(bool(sanitizers_reason()), reason=sanitizers_reason())
 
-# Operators that are PyTorch's convolutions or products, and kernels of the others.
-COMPOSED = ("conv2d", "conv_lstm_step", "coupling_mlp", "prepare_weight")
 NVCC = shutil.which("nvcc")
 ORDERS = [*product("012", "012")]
 # Fault -> what the process that runs into it says.

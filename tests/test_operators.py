@@ -86,7 +86,7 @@ def served_by(case: Case, dtype: torch.dtype) -> list[str]:
     if case.operator not in APART:
         return found
     if case.kernel_options:
-        return [backend for backend in found if backend != "triton"]
+        return [backend for backend in found if backend not in ("cuda", "triton")]
     levels = [backend for backend in found if backend.startswith("cpu")]
     return [backend for backend in found if backend not in levels[:-1]]
 

@@ -21,6 +21,7 @@ from geco_fast._backend import interprets, unavailable_reason
 from geco_fast._registry import KERNELS
 from geco_fast.testing.budget import FEWEST_ELEMENTS, REDRAWS, Budget
 from geco_fast.testing.calls import (
+    COMPOSED,
     Expected,
     backends,
     cast,
@@ -263,6 +264,9 @@ def as_plain_call(example: Example) -> Example:
 def check(example: Example, kernels: str) -> None:
     if kernels != "cpu":
         example = as_plain_call(example)
+    if kernels == "cuda" and example.case.operator in COMPOSED:
+        # What PyTorch makes of NaN and infinity on a GPU is not always what it makes on a CPU.
+        example = replace(example, case=example.calm(), values=replace(example.values, extremes=()))
     found = backends(example.case.operator, example.dtype)
     served_by = [backend for backend in found if backend.startswith(kernels)]
     if not served_by:

@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
 }
 
+// Rows of a warp each that every multiprocessor of a GPU has some of.
+constexpr std::int64_t kManyRows = 1024;
+
 // Adds up `term` of every place of each row.
 template <class Rows, class Term>
 void sum_rows(DType dtype, const Rows& rows, const RowSums& sums, cudaStream_t stream,
@@ -74,8 +77,10 @@ void sum_rows(DType dtype, const Rows& rows, const RowSums& sums, cudaStream_t s
                blocks_for(rows.count * blocks, kThreads / kLanes), kThreads,
                kThreads / kWarp * sizeof(double), stream, rows, blocks, sums, term);
       };
-      // A warp is enough for so few packs that few threads of a block would have any.
-      if (rows.length / N <= 4 * kWarp)
+      // A warp is enough for so few packs that few threads of a block would have any: at once where
+      // rows are few, and one after another where they keep the GPU busy.
+      const std::int64_t packs = rows.length / N;
+      if (packs <= kWarp || (packs <= 4 * kWarp && rows.count >= kManyRows))
         with(Constant<kWarp>{});
       else
         with(Constant<kThreads>{});

@@ -19,6 +19,9 @@ LEVELS = tuple(LIBRARY.instruction_sets()) if LIBRARY is not None else ()
 # A library of CUDA's kernels for the CPU, which stand in for the CPU's own; the tests load it.
 EMULATED = os.environ.get("GECO_EMULATED")
 
+# Operators whose CUDA kernels are PyTorch's convolutions or products, and kernels of the others.
+COMPOSED = ("conv2d", "conv_lstm_step", "coupling_mlp", "prepare_weight")
+
 # By the name of a result, state tensor or operand: in float64, and in the dtype under test
 # (float32 for float64, where the reference can't measure its own rounding).
 Expected = tuple[dict[str, Any], dict[str, Any]]
