@@ -215,7 +215,9 @@ def draw_results(
         for name, got in results.items():
             key = f"{backend} {name}"
             assert got.dtype == like[name].dtype, f"{key}: {got.dtype}"
-            assert same_layout(got, like[name]), f"{key}: strides {got.stride()}"
+            # A copy of state that has gaps would have none.
+            in_place = name.startswith("state") and device(backend) != "cpu"
+            assert in_place or same_layout(got, like[name]), f"{key}: strides {got.stride()}"
             if got.is_floating_point():
                 judge.add(key, got, same[name], exact[name], beside.get(name), more.get(name, []))
             else:

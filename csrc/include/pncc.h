@@ -59,8 +59,8 @@ struct Backward : Problem {
   std::int64_t grad_image_stride[2][2 + kDims];
 };
 
-// On a GPU a tile has kTile columns and kTileRows rows, and kOwn times as many planes in a volume,
-// rows elsewhere.
+// On a GPU a tile has kTile columns and kTileRows rows, and up to kOwn times as many planes in a
+// volume, rows elsewhere.
 constexpr int kTile = 32, kTileRows = 8, kOwn = 4;
 
 // The same on a GPU: the tiles above are of patches, and those of pixels have their own. Scores and

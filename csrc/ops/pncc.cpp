@@ -21,19 +21,25 @@ using pncc::kDims;
 using pncc::Problem;
 
 #ifdef GECO_CUDA
-// The tiles of a launch.
-void cut(const std::int64_t (&total)[kDims], std::int64_t (&tile)[kDims],
+// The tiles of a launch. Where they are too few for a GPU's multiprocessors a thread has fewer
+// windows of its own: margins are read more often, but side by side.
+void cut(const std::int64_t (&total)[kDims], std::int64_t images, std::int64_t (&tile)[kDims],
          std::int64_t (&tiles)[kDims]) {
+  constexpr std::int64_t kFewTiles = 128;
   const bool is_deep = total[0] > 1;
-  tile[0] = is_deep ? pncc::kOwn : 1;
-  tile[1] = is_deep ? pncc::kTileRows : pncc::kTileRows * pncc::kOwn;
-  tile[2] = pncc::kTile;
-  for (int d = 0; d < kDims; ++d) tiles[d] = (total[d] + tile[d] - 1) / tile[d];
+  for (int own = pncc::kOwn; own > 0; own /= 2) {
+    tile[0] = is_deep ? own : 1;
+    tile[1] = is_deep ? pncc::kTileRows : pncc::kTileRows * own;
+    tile[2] = pncc::kTile;
+    std::int64_t all = images;
+    for (int d = 0; d < kDims; ++d) all *= tiles[d] = (total[d] + tile[d] - 1) / tile[d];
+    if (all >= kFewTiles) break;
+  }
 }
 
 void cut(pncc::OnDevice* p) {
-  cut(p->count, p->tile, p->tiles);
-  cut(p->size, p->pixel_tile, p->pixel_tiles);
+  cut(p->count, p->batch * p->groups, p->tile, p->tiles);
+  cut(p->size, p->batch * p->groups, p->pixel_tile, p->pixel_tiles);
   p->tiles_of_group = p->tiles_per_group();
   p->tasks_on_device = p->tasks();
   p->pixel_tiles_of_group = p->pixel_tiles[0] * p->pixel_tiles[1] * p->pixel_tiles[2];
