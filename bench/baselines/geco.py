@@ -39,8 +39,8 @@ class PlainProblem(nn.Module):
         self.w = nn.Parameter(problem.w.detach().clone())
         self.alpha = problem.geco.options.alpha
         self.first = True
-        self.register_buffer("average", torch.zeros(()))
-        self.register_buffer("multiplier", torch.ones(()))
+        self.register_buffer("average", torch.zeros((), device=self.w.device))
+        self.register_buffer("multiplier", torch.ones((), device=self.w.device))
 
     def forward(self, x: Tensor) -> Tensor:
         violation = ((x - self.w).square() - KAPPA2).mean()
