@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from geco_fast import BackendUnavailable
+from geco_fast.cli.paper import experiment_command
 from geco_fast.cli.tools import bench_command, info_command
 from geco_fast.experiments import Interrupted, TrainConfig, TrainError, evaluate, train
 
@@ -50,6 +51,7 @@ def cli() -> None:
 
 cli.add_command(info_command)
 cli.add_command(bench_command)
+cli.add_command(experiment_command)
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[..., Any]:

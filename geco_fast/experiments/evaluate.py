@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geco_fast.data import DataError
 from geco_fast.experiments import checkpoint, distributed, plots
@@ -46,6 +47,21 @@ def evaluate(
     TrainError
         The folder holds no run, or one that cannot be read.
     """
+    with restored(out, images=images, device=device, data_root=data_root) as (run, step):
+        try:
+            return {"step": step} | held_out(run)
+        except DataError as error:
+            raise TrainError(str(error)) from error
+
+
+@contextlib.contextmanager
+def restored(
+    out: str | Path, *, images: int = 0, device: str = "auto", data_root: str | None = None
+) -> Iterator[tuple[Run, int]]:
+    """The parts of a run as its last checkpoint has them, and the checkpoint's step.
+
+    Takes `evaluate`'s arguments, and raises its errors.
+    """
     out = Path(out)
     config = TrainConfig.from_file(out / "config.json")
     config = replace(config, eval_images=images, data_root=data_root or config.data_root)
@@ -59,10 +75,7 @@ def evaluate(
         tensors, about = checkpoint.load(folder, world.device)
         run = Run(config, out, world)
         run.load_state(tensors)
-        try:
-            return {"step": about["step"]} | held_out(run)
-        except DataError as error:
-            raise TrainError(str(error)) from error
+        yield run, about["step"]
 
 
 @contextlib.contextmanager
@@ -162,19 +175,25 @@ def training(curves: dict[str, np.ndarray], config: TrainConfig) -> dict[str, An
     return course
 
 
-def _pictures(run: Run, out: Path) -> None:
-    dataset, shown = run.test_data, np.arange(min(12, len(run.test_data)))
+def pictured(run: Run, count: int, samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Held-out images and their reconstructions, and rows of samples, ``[count, C, H, W]`` each."""
+    shown = np.arange(min(count, len(run.test_data)))
     with _still(run):
-        batch = run.batch(dataset, shown)
+        batch = run.batch(run.test_data, shown)
+        given = {} if batch.context is None else {"context": batch.context}
         noise = run.noise(len(shown), EVALUATION, 0)
         rebuilt = run.model(batch.image, batch.context, noise=noise).reconstruction
-        rows = {"data": batch.image, "reconstruction": rebuilt}
-        if batch.context is not None:
-            rows = {"context": batch.context} | rows
-        plots.image_rows(out / "reconstructions.png", rows, "Held-out images")
-        rows = {} if batch.context is None else {"context": batch.context}
-        for row in range(1, 7):
-            noise = run.noise(len(shown), SAMPLES, row)
-            rows[f"sample {row}"] = run.model.sample(len(shown), batch.context, noise=noise)
-        title = "Samples from the prior" + ("" if batch.context is None else " given the context")
-        plots.image_rows(out / "samples.png", rows, title)
+        drawn = {
+            f"sample {row}": run.model.sample(
+                len(shown), batch.context, noise=run.noise(len(shown), SAMPLES, row)
+            )
+            for row in range(1, samples + 1)
+        }
+    return given | {"data": batch.image, "reconstruction": rebuilt}, given | drawn
+
+
+def _pictures(run: Run, out: Path) -> None:
+    rebuilt, drawn = pictured(run, 12, 6)
+    plots.image_rows(out / "reconstructions.png", rebuilt, "Held-out images")
+    title = "Samples from the prior" + (" given the context" if "context" in drawn else "")
+    plots.image_rows(out / "samples.png", drawn, title)

@@ -32,7 +32,7 @@ def image_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
         as colours, any other number as grey images one below the other.
     title
     """
-    tiles = {name: _row(images) for name, images in rows.items()}
+    tiles = {name: strip(images) for name, images in rows.items()}
     width = max(tile.shape[1] for tile in tiles.values())
     heights = [tile.shape[0] for tile in tiles.values()]
     scale = 9 / width
@@ -50,7 +50,8 @@ def image_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     _save(figure, path)
 
 
-def _row(images: Tensor) -> np.ndarray:
+def strip(images: Tensor) -> np.ndarray:
+    """Images ``[N, C, H, W]`` side by side, as `image_rows` shows them."""
     pixels = images.detach().cpu().float().clamp(0, 1).numpy()
     if pixels.shape[1] == 3:
         pixels = pixels.transpose(0, 2, 3, 1)

@@ -24,7 +24,7 @@ from geco_fast.nn import NVPVAE, Classifier, ConvDraw
 from geco_fast.objectives import OBJECTIVES, VAEOutput
 
 # Every use of randomness has its own stream, so that none shifts another.
-DATA, NOISE, CLASSIFIER, EVALUATION, SAMPLES = range(5)
+DATA, NOISE, CLASSIFIER, EVALUATION, SAMPLES, MARGINAL = range(6)
 
 
 def generator(seed: int, *key: int) -> torch.Generator:

@@ -1,0 +1,169 @@
+"""Figure 4: the information plane of the models, with ELBO, annealed beta and GECO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from geco_fast.experiments.config import TrainConfig
+from geco_fast.experiments.paper.models import DRAW, NVP, Options
+from geco_fast.experiments.paper.result import Claim, Result, Row
+from geco_fast.experiments.paper.study import Study
+from geco_fast.experiments.plots import COLOURS
+
+UNCONDITIONAL = ("mnist", "color-mnist", "cifar10", "mnist-triplets")
+CONDITIONAL = ("mnist-sum", "mnist-sum-hard", "mnist-rotate")
+MARKERS = {"elbo": "s", "annealed": "^", "geco": "o"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every data set with every model that it suits; VAE+NVP, the slowest to learn, with fewer."""
+
+    unconditional: tuple[str, ...] = UNCONDITIONAL
+    conditional: tuple[str, ...] = CONDITIONAL
+    flows: tuple[str, ...] = ("mnist", "cifar10")
+    kappas: tuple[float, ...] = (0.06, 0.1, 0.175)
+    seeds: tuple[int, ...] = (0,)
+    draw: Options = field(default_factory=lambda: DRAW["small"])
+    nvp: Options = field(default_factory=lambda: NVP["small"])
+    anneal_steps: int = 200
+
+
+SCALES = {
+    "small": Config(),
+    "paper": Config(
+        unconditional=(*UNCONDITIONAL, "celeba"),
+        flows=(*UNCONDITIONAL, "celeba"),
+        kappas=(0.06, 0.08, 0.1, 0.125, 0.175),
+        draw=DRAW["paper"],
+        nvp=NVP["paper"],
+        anneal_steps=200_000,
+    ),
+}
+
+
+def run(config: Config, study: Study) -> Result:
+    """Train every model and draw."""
+    rows: list[Row] = []
+    models = [(name, config.draw) for name in (*config.unconditional, *config.conditional)]
+    models += [(name, config.nvp) for name in config.flows]
+    objectives: list[Options] = [
+        {"objective": "elbo"},
+        {"objective": "annealed", "anneal_steps": config.anneal_steps},
+        *({"objective": "geco", "kappa": (kappa,)} for kappa in config.kappas),
+    ]
+    for name, options in models:
+        data = study.available(name)
+        if data is None:
+            study.say(f"  {name} is left out: its files are not in --data-root")
+            continue
+        for objective in objectives:
+            for seed in config.seeds:
+                done = study.train(TrainConfig(data=data, seed=seed, **{**options, **objective}))
+                rows.append(row_of(done.held_out, done.config))
+    return Result(rows, _draw(rows))
+
+
+def row_of(held_out: dict[str, Any], config: TrainConfig) -> Row:
+    """What a table shows of a training."""
+    kind = "ConvDraw" if config.model == "convdraw" else "VAE+NVP"
+    conditional = config.model == "convdraw" and config.data in CONDITIONAL
+    return {
+        "data": config.data,
+        "model": "conditional ConvDraw" if conditional else kind,
+        "objective": config.objective,
+        "kappa": config.constraints["re"] if config.objective == "geco" else None,
+        "seed": config.seed,
+        "nll": held_out["nll_sigma_optimal"],
+        "nll_learned_sigma": held_out["nll"],
+        "kl": held_out["kl"],
+        "re": held_out["re"],
+    }
+
+
+def check(rows: Sequence[Row]) -> list[Claim]:
+    """The two claims."""
+    return [check_elbo(rows), check_kappa(rows)]
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["data"]), []).append(row)
+    return groups
+
+
+def _mean(rows: Sequence[Row], key: str, **wanted: Any) -> float:
+    return float(np.mean([r[key] for r in rows if all(r[k] == v for k, v in wanted.items())]))
+
+
+def _missed(held: dict[tuple[str, str], bool]) -> str:
+    missed = [f"{model} on {data}" for (model, data), found in held.items() if not found]
+    text = f"{sum(held.values())} of {len(held)} models and data sets"
+    return f"{text}; not {', '.join(missed)}" if missed else text
+
+
+def check_elbo(rows: Sequence[Row]) -> Claim:
+    """ELBO's NLL is lower and its KL at least twice as high as GECO's at kappa = 0.1."""
+    held, ratios = {}, []
+    for key, found in _groups(rows).items():
+        ours = {k: _mean(found, k, objective="geco", kappa=0.1) for k in ("nll", "kl")}
+        elbo = {k: _mean(found, k, objective="elbo") for k in ("nll", "kl")}
+        ratios.append(elbo["kl"] / ours["kl"])
+        held[key] = elbo["nll"] < ours["nll"] and ratios[-1] >= 2
+    statement = "ELBO reaches a lower NLL at a far higher KL"
+    spread = f"KL {min(ratios):.1f} to {max(ratios):.1f} times GECO's at kappa = 0.1"
+    return Claim(statement, all(held.values()), f"{_missed(held)}; {spread}")
+
+
+def check_kappa(rows: Sequence[Row]) -> Claim:
+    """With every larger kappa the error rises and the KL falls."""
+    held = {}
+    for key, found in _groups(rows).items():
+        kappas = sorted({row["kappa"] for row in found if row["objective"] == "geco"})
+        error, kl = (
+            np.array([_mean(found, k, objective="geco", kappa=kappa) for kappa in kappas])
+            for k in ("re", "kl")
+        )
+        held[key] = bool((np.diff(error) > 0).all() and (np.diff(kl) < 0).all())
+    return Claim("GECO's points move monotonically with kappa", all(held.values()), _missed(held))
+
+
+def _draw(rows: Sequence[Row]) -> Figure:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(5 * len(models), 4.8), layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        names = list(dict.fromkeys(row["data"] for row in rows if row["model"] == model))
+        for name, colour in zip(names, COLOURS, strict=False):
+            found = [r for r in rows if r["model"] == model and r["data"] == name]
+            for objective, marker in MARKERS.items():
+                part = sorted(
+                    (r for r in found if r["objective"] == objective), key=lambda r: r["kappa"] or 0
+                )
+                line = "-" if objective == "geco" else "none"
+                axis.plot(
+                    [r["kl"] for r in part],
+                    [r["nll"] for r in part],
+                    color=colour,
+                    marker=marker,
+                    linestyle=line,
+                    markersize=6,
+                )
+        axis.set(xlabel="KL to the prior (nats per image)", title=model)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.25)
+        colours = [Line2D([], [], color=c, label=n) for n, c in zip(names, COLOURS, strict=False)]
+        shapes = [
+            Line2D([], [], color="black", marker=m, linestyle="none", label=o)
+            for o, m in MARKERS.items()
+        ]
+        axis.legend(handles=[*colours, *shapes], fontsize=8, loc="lower left")
+    figure.axes[0].set_ylabel("NLL at the best sigma (nats per image)")
+    return figure
