@@ -52,7 +52,8 @@ def experiment_command(
         torch.set_num_threads(threads)
     if scale == "small":
         minutes = sum(EXPERIMENTS[each].minutes for each in names)
-        click.echo(f"about {minutes} minutes on two cores, less what is in {out} already")
+        time = "a minute" if minutes == 1 else f"{minutes} minutes"
+        click.echo(f"about {time} on two cores, less what is in {out} already")
     else:
         click.echo("full size: days on a GPU")
     for each in names:
