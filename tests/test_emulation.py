@@ -139,6 +139,33 @@ def test_bits_are_the_same_in_every_order(library: Path, tmp_path: Path, operato
     run_with(library, tmp_path, "-c", CALL + IN_EVERY_ORDER, operator)
 
 
+TILES_OF_MANY_IMAGES = """
+torch.manual_seed(0)
+functions = {
+    "lncc": lambda x, y: geco_fast.ops.lncc(x, y, kernel_size=3, reduction="none"),
+    "pncc": lambda x, y: geco_fast.ops.pncc(x, y, patch_size=2, reduction="none"),
+}
+for function in functions.values():
+    for count, shape in ((128, (10, 2)), (64, (18, 3)), (128, (3, 2, 3))):
+        found = []
+        one = torch.randn(2, 1, 1, *shape)
+        for copies in (1, count):
+            images = one.expand(2, copies, 1, *shape).contiguous().requires_grad_()
+            scores = function(*images)
+            (gradient,) = torch.autograd.grad(scores.sum(), images)
+            found.append((scores.detach(), gradient.transpose(0, 1)))
+        for alone, many in zip(*found):
+            assert len(alone) == 1 and len(many) == count
+            torch.testing.assert_close(many, alone.expand_as(many), rtol=1e-6, atol=1e-7)
+"""
+
+
+@pytest.mark.slow
+def test_images_are_the_same_in_larger_tiles(library: Path, tmp_path: Path) -> None:
+    """Where there are many images a thread has several windows; cases of few never come there."""
+    run_with(library, tmp_path, "-c", CALL + "import geco_fast\n" + TILES_OF_MANY_IMAGES)
+
+
 TRAFFIC = """
 import json
 from geco_fast.bench.gpu_kernels import main_case

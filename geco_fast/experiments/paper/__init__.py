@@ -38,7 +38,7 @@ class Experiment:
     @classmethod
     def of(cls, module: Any, minutes: int) -> Experiment:
         """The experiment that a module of this package holds."""
-        title = module.__doc__.partition(": ")[2].strip().rstrip(".")
+        title = (module.__doc__ or "").partition(": ")[2].strip().rstrip(".")
         return cls(title, minutes, module.SCALES, module.run, module.check)
 
 

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.signal import find_peaks
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from geco_fast.experiments.paper.fixed_points import (
@@ -183,6 +181,8 @@ def _at(columns: dict[str, np.ndarray], index: int) -> dict[str, Any]:
 
 def critical_temperatures(curvature: np.ndarray) -> np.ndarray:
     """Places of the highest local maxima of \\|d^2 u / d beta^2\\|, the highest first."""
+    from scipy.signal import find_peaks
+
     height = np.nan_to_num(np.abs(curvature))
     peaks, _ = find_peaks(height)
     return np.asarray(peaks[np.argsort(-height[peaks])][:CRITICAL])
@@ -212,6 +212,8 @@ def _sweeps(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def check_number_falls(rows: Sequence[Row]) -> Claim:
     """Falls from many to one, in step with beta: Spearman's rank correlation below -0.7."""
+    from scipy.stats import spearmanr
+
     found = _sweeps(rows)
     ranks = [
         float(spearmanr(s["beta"], s["distinct"]).statistic) if np.ptp(s["distinct"]) else 0.0

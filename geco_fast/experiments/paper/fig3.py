@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 
 from geco_fast.experiments.config import TrainConfig
 from geco_fast.experiments.paper.models import DRAW, Options
@@ -52,6 +51,8 @@ def check(rows: Sequence[Row]) -> list[Claim]:
 def check_beta(rows: Sequence[Row]) -> Claim:
     """Below 1 while the average has not met the constraint, and from its lowest value on rising:
     rank correlation with the step above 0.8, and at the end a half more at least."""
+    from scipy.stats import spearmanr
+
     texts, holds = [], True
     for seed in dict.fromkeys(row["seed"] for row in rows):
         found = [row for row in rows if row["seed"] == seed]

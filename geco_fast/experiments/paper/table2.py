@@ -23,7 +23,6 @@ from geco_fast.nn import NVPVAE, ConditionalRealNVP
 from geco_fast.nn.real_nvp import standard_normal_log_prob
 
 ACCEPTABLE = 1.1  # error over kappa^2
-PAPER = {"cifar10": (725.2, 45.3), "color-mnist": (182.5, 10.3)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ def marginal_kl(
     for part in z.split(width):
         every = part.repeat_interleave(count, 0)
         found = flow.log_prob(every, features.repeat(len(part), 1)).reshape(len(part), count)
-        # The image that a sample is of must have what the flow gave when it made it.
         marginal.append(torch.logsumexp(found.double(), 1) - math.log(count))
     average = (log_q - log_prior).double().mean()
     return average.item(), (torch.cat(marginal) - log_prior.double()).mean().item()
