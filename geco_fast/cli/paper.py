@@ -36,7 +36,10 @@ def _names() -> str:
     "scikit-learn's digits stand in for MNIST's, and photographs are left out.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), show_default="torch's choice", help="CPU threads."
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="torch's choice",
+    help="CPU threads; as many trainings run side by side.",
 )
 def experiment_command(
     name: str, scale: str, out: Path | None, data_root: str | None, threads: int | None

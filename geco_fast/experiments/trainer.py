@@ -84,7 +84,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, world: World) -> dict[s
         checkpoint.write_atomically(out / "config.json", config.to_json().encode())
     model = world.wrap(run.model)
     model.train()
-    with _Record(run, out, start) as record, _caught_signals() as signals:
+    with _Record(run, out, start) as record, caught_signals() as signals:
         for step in range(start + 1, config.steps + 1):
             batch, noise = run.training_batch(step - 1)
             output = model(batch.image, batch.context, noise=noise)
@@ -208,7 +208,7 @@ def _settings(config: TrainConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM for the loop to see; a second one acts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

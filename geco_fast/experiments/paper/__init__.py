@@ -44,11 +44,11 @@ class Experiment:
 
 EXPERIMENTS = {
     "fig2": Experiment.of(fig2, 1),
-    "fig3": Experiment.of(fig3, 1),
-    "fig4": Experiment.of(fig4, 19),
+    "fig3": Experiment.of(fig3, 2),
+    "fig4": Experiment.of(fig4, 20),
     "fig5": Experiment.of(fig5, 4),
-    "fig6": Experiment.of(fig6, 4),
-    "fig7": Experiment.of(fig7, 2),
+    "fig6": Experiment.of(fig6, 2),
+    "fig7": Experiment.of(fig7, 1),
     "table2": Experiment.of(table2, 7),
 }
 SCALES = ("small", "paper")
@@ -82,7 +82,9 @@ def run_experiment(
         Folder of MNIST's and CIFAR-10's files; without it scikit-learn's digits stand in for
         MNIST's, and what needs photographs is left out.
     threads : int, optional
-        CPU threads; torch's choice by default.
+        CPU threads; torch's choice by default. As many trainings run side by side, in processes
+        that multiprocessing spawns: with more than one, a script keeps the call under
+        ``if __name__ == "__main__"``.
     command : str
         What ``results.json`` says was called.
     say : callable

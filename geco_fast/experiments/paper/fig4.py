@@ -32,7 +32,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     draw: Options = field(default_factory=lambda: DRAW["small"])
     nvp: Options = field(default_factory=lambda: NVP["small"])
-    anneal_steps: int = 200
+    anneal_steps: int = 800
 
 
 SCALES = {
@@ -50,7 +50,6 @@ SCALES = {
 
 def run(config: Config, study: Study) -> Result:
     """Train every model and draw."""
-    rows: list[Row] = []
     models = [(name, config.draw) for name in (*config.unconditional, *config.conditional)]
     models += [(name, config.nvp) for name in config.flows]
     objectives: list[Options] = [
@@ -58,6 +57,7 @@ def run(config: Config, study: Study) -> Result:
         {"objective": "annealed", "anneal_steps": config.anneal_steps},
         *({"objective": "geco", "kappa": (kappa,)} for kappa in config.kappas),
     ]
+    configs = []
     for name, options in models:
         data = study.available(name)
         if data is None:
@@ -65,8 +65,8 @@ def run(config: Config, study: Study) -> Result:
             continue
         for objective in objectives:
             for seed in config.seeds:
-                done = study.train(TrainConfig(data=data, seed=seed, **{**options, **objective}))
-                rows.append(row_of(done.held_out, done.config))
+                configs.append(TrainConfig(data=data, seed=seed, **{**options, **objective}))
+    rows = [row_of(done.held_out, done.config) for done in study.train(configs)]
     return Result(rows, _draw(rows))
 
 

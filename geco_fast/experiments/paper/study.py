@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from geco_fast.data import DataNotFoundError, load
-from geco_fast.experiments.checkpoint import latest, write_atomically
+from geco_fast.experiments.checkpoint import write_atomically
 from geco_fast.experiments.config import TrainConfig
 from geco_fast.experiments.metrics import read_metrics
-from geco_fast.experiments.trainer import Interrupted, train
+from geco_fast.experiments.paper.side_by_side import Task, run, run_together
+from geco_fast.experiments.trainer import Interrupted
 
 Arrays = Mapping[str, Any]
 
@@ -56,7 +58,7 @@ class Study:
         Folder of the user's data. Without it what needs them is left out, and digits made of
         scikit-learn's stand in for MNIST's.
     threads : int, optional
-        CPU threads; torch's choice by default.
+        CPU threads; torch's choice by default. As many trainings run side by side.
     say : callable
         Receives lines of text.
     """
@@ -103,8 +105,10 @@ class Study:
         with np.load(path) as arrays:
             return dict(arrays)
 
-    def train(self, config: TrainConfig) -> Training:
-        """Train, go on with a training that was interrupted, or take one that is finished.
+    def train(self, configs: Sequence[TrainConfig]) -> list[Training]:
+        """Train, go on with trainings that were interrupted, and take those that are finished.
+
+        On a CPU several run side by side, each in a process of its own.
 
         Raises
         ------
@@ -113,21 +117,33 @@ class Study:
         Interrupted
             A signal asked to stop; the next call goes on from there.
         """
-        config = replace(
-            config, data_root=self.data_root, data_base=self.digits, threads=self.threads
-        )
-        folder = self.root / "trainings" / _name(config)
-        if not (folder / "summary.json").exists():
-            resume = latest(folder / "checkpoints") is not None
-            self.say(f"  {'going on with' if resume else 'training'} {folder.name}")
-            try:
-                train(config, folder, resume=resume)
-            except Interrupted as interruption:
-                message = f"{interruption}".partition("; to go on")[0]
-                raise Interrupted(
-                    interruption.signum, f"{message}; to go on: the same command again"
-                ) from None
-        return Training(folder, config, json.loads((folder / "summary.json").read_text()))
+        wanted = []
+        for config in configs:
+            config = replace(config, data_root=self.data_root, data_base=self.digits)
+            wanted.append(Task(config, self.root / "trainings" / _name(config)))
+        tasks = {task.folder: task for task in wanted if not _summary(task.folder).exists()}
+        threads = self.threads or torch.get_num_threads()
+        try:
+            if min(len(tasks), threads) > 1 and not torch.cuda.is_available():
+                run_together(list(tasks.values()), threads, self.say)
+            else:
+                for task in tasks.values():
+                    self.say(f"  {task}")
+                    run(task._replace(config=replace(task.config, threads=threads)))
+        except Interrupted as interruption:
+            message = f"{interruption}".partition("; to go on")[0]
+            raise Interrupted(
+                interruption.signum, f"{message}; to go on: the same command again"
+            ) from None
+        return [
+            Training(folder, config, json.loads(_summary(folder).read_text()))
+            for config, folder in wanted
+        ]
+
+
+def _summary(folder: Path) -> Path:
+    """What a training writes last."""
+    return folder / "summary.json"
 
 
 def _name(config: TrainConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,46 +85,40 @@ def marginal_kl(
 def run(config: Config, study: Study) -> Result:
     """Train, estimate and draw."""
     rows: list[Row] = []
+    configs = []
     for name in config.data:
         data = study.available(name)
         if data is None:
             study.say(f"  {name} is left out: its files are not in --data-root")
             continue
+        objectives: list[Options] = [
+            {"objective": "elbo"},
+            {"objective": "geco", "kappa": (config.kappa[name],)},
+        ]
         for seed in config.seeds:
-            for objective in ("elbo", "geco"):
-                done = study.train(
-                    TrainConfig(
-                        data=data,
-                        objective=objective,
-                        kappa=(config.kappa[name],),
-                        seed=seed,
-                        **config.nvp,
-                    )
-                )
+            for objective in objectives:
+                configs.append(TrainConfig(data=data, seed=seed, **{**config.nvp, **objective}))
+    for done in study.train(configs):
 
-                def estimate(folder: Any = done.folder) -> dict[str, Any]:
-                    with restored(folder, data_root=study.data_root) as (trained, _):
-                        images = min(config.images, len(trained.train_data))
-                        average, marginal = _estimate(trained, images, config.samples)
-                    return {
-                        "average": average,
-                        "marginal": marginal,
-                        "log_images": math.log(images),
-                    }
+        def estimate(folder: Path = done.folder) -> dict[str, Any]:
+            with restored(folder, data_root=study.data_root) as (trained, _):
+                images = min(config.images, len(trained.train_data))
+                average, marginal = _estimate(trained, images, config.samples)
+            return {"average": average, "marginal": marginal, "log_images": math.log(images)}
 
-                found = study.part(done.folder.name, estimate)
-                rows.append(
-                    {
-                        "data": data,
-                        "objective": objective,
-                        "seed": seed,
-                        "kappa": config.kappa[name],
-                        "re": done.held_out["re"],
-                        "average_kl": float(found["average"]),
-                        "marginal_kl": float(found["marginal"]),
-                        "log_images": float(found["log_images"]),
-                    }
-                )
+        found = study.part(done.folder.name, estimate)
+        rows.append(
+            {
+                "data": done.config.data,
+                "objective": done.config.objective,
+                "seed": done.config.seed,
+                "kappa": config.kappa[done.config.data],
+                "re": done.held_out["re"],
+                "average_kl": float(found["average"]),
+                "marginal_kl": float(found["marginal"]),
+                "log_images": float(found["log_images"]),
+            }
+        )
     return Result(rows, _draw(rows))
 
 
@@ -204,6 +199,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
             )
     axis.set_xticks(np.arange(len(names)), names)
     axis.set(ylabel="KL to the prior (nats per image)", title="VAE+NVP; dots: marginal KL by seed")
-    axis.legend(frameon=False)
+    axis.margins(y=0.2)
+    axis.legend(frameon=False, ncols=2)
     axis.grid(alpha=0.25, axis="y")
     return figure

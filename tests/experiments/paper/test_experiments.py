@@ -26,6 +26,7 @@ from geco_fast.experiments.paper import (
     fig6,
     fig7,
     run_experiment,
+    side_by_side,
     study,
     table2,
 )
@@ -94,7 +95,7 @@ def test_an_experiment_writes_its_results(
     assert (left_out in said) == (name == "fig4")
 
     # A second call takes what is there, and says the same.
-    monkeypatch.setattr(study, "train", no_more)
+    monkeypatch.setattr(side_by_side, "train", no_more)
     for module, work in ((fig2, "iterate"), (fig7, "iterate"), (table2, "marginal_kl")):
         monkeypatch.setattr(module, work, no_more)
     assert run_experiment(name, shared, threads=1, say=said.append) == claims
@@ -102,9 +103,9 @@ def test_an_experiment_writes_its_results(
 
 def test_trainings_are_shared_and_told_apart(shared: Path) -> None:
     config = TrainConfig(**DRAW)
-    first = Study(shared, "one", threads=1, say=lambda _: None).train(config)
-    same = Study(shared, "two", threads=1, say=no_more).train(config)
-    assert same.folder == first.folder
+    first, again = Study(shared, "one", threads=1, say=lambda _: None).train([config, config])
+    (same,) = Study(shared, "two", threads=1, say=no_more).train([config])
+    assert same.folder == first.folder == again.folder
     other = dataclasses.replace(config, seed=1)
     assert study._name(other) != study._name(config)
 
@@ -117,10 +118,10 @@ def test_an_interrupted_training_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         (out / "checkpoints" / "step-00000002").mkdir(parents=True, exist_ok=True)
         raise Interrupted(signal.SIGINT, "stopped at step 2; to go on: geco-fast train --resume")
 
-    monkeypatch.setattr(study, "train", interrupted)
+    monkeypatch.setattr(side_by_side, "train", interrupted)
     for _ in range(2):
         with pytest.raises(Interrupted, match="stopped at step 2; to go on: the same command"):
-            run_experiment("fig3", tmp_path, say=lambda _: None)
+            run_experiment("fig3", tmp_path, threads=1, say=lambda _: None)
     assert calls == [False, True]
 
 
@@ -162,7 +163,7 @@ def invoke(*arguments: object) -> Any:
 def test_command(tmp_path: Path) -> None:
     result = invoke("fig7", "--out", tmp_path, "--threads", 1)
     assert result.exit_code == 0, result.output
-    for part in ("about 2 minutes on two cores", "fig7: fixed points", "thin manifolds: "):
+    for part in ("about a minute on two cores", "fig7: fixed points", "thin manifolds: "):
         assert part in result.output
     content = json.loads((tmp_path / "fig7" / "results.json").read_text())
     assert content["command"] == "geco-fast experiment fig7"
