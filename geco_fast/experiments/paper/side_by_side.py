@@ -1,6 +1,6 @@
 """Trainings side by side, each in a process of its own.
 
-At the small scale one thread trains about as fast as two, so cores are better spent on several
+Models of the small scale gain little from a second thread, so cores are better spent on several
 trainings than on one.
 """
 
