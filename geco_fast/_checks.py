@@ -101,6 +101,15 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {describe(value)}")
 
 
+def check_count(name: str, value: object, *, least: int = 1) -> int:
+    """Return ``value``; raise unless it is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
     """Raise `ValueError` unless ``value`` is a number above zero (or zero, where allowed)."""
     check_number(name, value)

@@ -36,13 +36,24 @@ def _names() -> str:
     "scikit-learn's digits stand in for MNIST's, and photographs are left out.",
 )
 @click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    show_default="the experiment's own number",
+    help="How many, from 0 on; the claims are checked of all of them.",
+)
+@click.option(
     "--threads",
     type=click.IntRange(min=1),
     show_default="torch's choice",
     help="CPU threads; as many trainings run side by side.",
 )
 def experiment_command(
-    name: str, scale: str, out: Path | None, data_root: str | None, threads: int | None
+    name: str,
+    scale: str,
+    out: Path | None,
+    data_root: str | None,
+    seeds: int | None,
+    threads: int | None,
 ) -> None:
     """Regenerate the paper's result NAME, or all, and check what the paper says of it.
 
@@ -54,7 +65,7 @@ def experiment_command(
     if threads is not None:
         torch.set_num_threads(threads)
     if scale == "small":
-        minutes = sum(EXPERIMENTS[each].minutes for each in names)
+        minutes = sum(EXPERIMENTS[each].minutes_with(seeds) for each in names)
         time = "a minute" if minutes == 1 else f"{minutes} minutes"
         click.echo(f"about {time} on two cores, less what is in {out} already")
     else:
@@ -62,12 +73,14 @@ def experiment_command(
     for each in names:
         click.echo(f"{each}: {EXPERIMENTS[each].title}")
         command = f"geco-fast experiment {each}" + ("" if scale == "small" else f" --scale {scale}")
+        command += f" --seeds {seeds}" if seeds else ""
         command += " --data-root DATA" if data_root else ""
         claims = run_experiment(
             each,
             out,
             scale=scale,
             data_root=data_root,
+            seeds=seeds,
             threads=threads,
             command=command,
             say=click.echo,

@@ -6,16 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from geco_fast._checks import check_floating, check_rank, check_shape, describe
-
-
-def check_count(name: str, value: object, *, least: int = 1) -> int:
-    """Return ``value``; raise unless it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {describe(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-    return value
+from geco_fast._checks import check_count, check_floating, check_rank, check_shape, describe
 
 
 def odd_kernel(kernel_size: int | Sequence[int]) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from geco_fast.nn._arguments import check_batch, check_count, check_image_shape
+from geco_fast._checks import check_count
+from geco_fast.nn._arguments import check_batch, check_image_shape
 from geco_fast.nn.conv import Conv2d
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geco_fast import ops
-from geco_fast._checks import check_floating
-from geco_fast.nn._arguments import check_batch, check_count, odd_kernel
+from geco_fast._checks import check_count, check_floating
+from geco_fast.nn._arguments import check_batch, odd_kernel
 from geco_fast.nn._vae import ImageVAE
 from geco_fast.nn.conv import Conv2d
 from geco_fast.nn.conv_lstm import ConvLSTMCell, channels_inside, run_step

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from geco_fast import ops
-from geco_fast._checks import check_floating, check_rank, describe
-from geco_fast.nn._arguments import check_count, odd_kernel
+from geco_fast._checks import check_count, check_floating, check_rank, describe
+from geco_fast.nn._arguments import odd_kernel
 from geco_fast.nn.conv import keeps_size
 
 State = tuple[Tensor, Tensor]

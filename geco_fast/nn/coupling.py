@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from geco_fast import ops
-from geco_fast._checks import check_choice, check_positive
-from geco_fast.nn._arguments import check_batch, check_count
+from geco_fast._checks import check_choice, check_count, check_positive
+from geco_fast.nn._arguments import check_batch
 from geco_fast.ops._coupling_layer import Coupling, coupling_layer, join, project, split
 from geco_fast.reference.affine_coupling import SCALE_MAPS
 from geco_fast.reference.coupling_mlp import ACTIVATIONS

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from geco_fast.nn._arguments import check_batch, check_count
+from geco_fast._checks import check_count
+from geco_fast.nn._arguments import check_batch
 from geco_fast.nn._vae import ImageVAE
 from geco_fast.nn.conv import Conv2d
 from geco_fast.nn.real_nvp import ConditionalRealNVP, standard_normal_log_prob

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from geco_fast import ops
-from geco_fast._checks import check_shape
-from geco_fast.nn._arguments import check_batch, check_count
+from geco_fast._checks import check_count, check_shape
+from geco_fast.nn._arguments import check_batch
 from geco_fast.nn.coupling import AffineCoupling, Conditioner
 
 

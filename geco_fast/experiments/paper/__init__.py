@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geco_fast._checks import check_choice
+from geco_fast._checks import check_choice, check_count
 from geco_fast.data import DataError
 from geco_fast.experiments.config import TrainError
 from geco_fast.experiments.paper import fig2, fig3, fig4, fig5, fig6, fig7, table2
@@ -26,7 +27,7 @@ __all__ = ["EXPERIMENTS", "SCALES", "Claim", "Experiment", "run_experiment"]
 class Experiment:
     """A figure or table of "Taming VAEs" (2018).
 
-    ``minutes`` is how long its small scale takes on two cores, alone.
+    ``minutes`` is how long its small scale takes on two cores, alone, with its usual seeds.
     """
 
     title: str
@@ -40,6 +41,11 @@ class Experiment:
         """The experiment that a module of this package holds."""
         title = (module.__doc__ or "").partition(": ")[2].strip().rstrip(".")
         return cls(title, minutes, module.SCALES, module.run, module.check)
+
+    def minutes_with(self, seeds: int | None) -> int:
+        """About how long the small scale takes with that many seeds; None for the usual ones."""
+        usual = len(self.scales["small"].seeds)
+        return math.ceil(self.minutes * (seeds or usual) / usual)
 
 
 EXPERIMENTS = {
@@ -60,6 +66,7 @@ def run_experiment(
     *,
     scale: str = "small",
     data_root: str | None = None,
+    seeds: int | None = None,
     threads: int | None = None,
     command: str = "",
     say: Callable[[str], None] = print,
@@ -81,6 +88,9 @@ def run_experiment(
     data_root : str, optional
         Folder of MNIST's and CIFAR-10's files; without it scikit-learn's digits stand in for
         MNIST's, and what needs photographs is left out.
+    seeds : int, optional
+        How many, from 0 on; each experiment's own number by default. Claims are checked of all of
+        them: of each, or of their mean.
     threads : int, optional
         CPU threads; torch's choice by default. As many trainings run side by side, in processes
         that multiprocessing spawns: with more than one, a script keeps the call under
@@ -97,7 +107,9 @@ def run_experiment(
     Raises
     ------
     ValueError
-        A name or scale is unknown.
+        A name or scale is unknown, or ``seeds`` is less than 1.
+    TypeError
+        ``seeds`` is not an integer.
     TrainError, Interrupted
         As of `geco_fast.experiments.train`.
     """
@@ -105,6 +117,8 @@ def run_experiment(
     check_choice("scale", scale, SCALES)
     experiment = EXPERIMENTS[name]
     config = experiment.scales[scale]
+    if seeds is not None:
+        config = dataclasses.replace(config, seeds=tuple(range(check_count("seeds", seeds))))
     content = dataclasses.asdict(config)
     key = json.dumps(content, sort_keys=True)
     study = Study(Path(out), name, key, data_root=data_root, threads=threads, say=say)

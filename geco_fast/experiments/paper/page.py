@@ -29,13 +29,14 @@ def block(name: str, content: dict[str, Any]) -> str:
         lines.append(f"| {claim['statement']} | {claim['verdict']} | {numbers} |")
     versions = content["versions"]
     made = f"geco_fast {versions['geco_fast']}, torch {versions['torch']}"
+    minutes = EXPERIMENTS[name].minutes_with(len(content["config"]["seeds"]))
     return "\n".join(
         [
             *lines,
             "",
             f"![{content['title']}](paper/{name}.png)",
             "",
-            f"`{content['command']}`: {made}, about {EXPERIMENTS[name].minutes} min on two cores.",
+            f"`{content['command']}`: {made}, about {minutes} min on two cores.",
         ]
     )
 

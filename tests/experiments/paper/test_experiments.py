@@ -170,6 +170,19 @@ def test_command(tmp_path: Path) -> None:
     assert "full size" in invoke("fig7", "--scale", "paper", "--out", tmp_path).output
 
 
+def test_seeds_are_chosen(shared: Path) -> None:
+    result = invoke("fig6", "--out", shared, "--threads", 1, "--seeds", 2)
+    assert result.exit_code == 0, result.output
+    assert "about 4 minutes on two cores" in result.output
+    content = json.loads((shared / "fig6" / "results.json").read_text())
+    assert content["command"] == "geco-fast experiment fig6 --seeds 2"
+    assert content["config"]["seeds"] == [0, 1]
+    assert {row["seed"] for row in content["rows"]} == {0, 1}
+    assert invoke("fig6", "--seeds", 0).exit_code == 2
+    with pytest.raises(ValueError, match="seeds must be >= 1, got 0"):
+        run_experiment("fig6", shared, seeds=0)
+
+
 def test_command_runs_all(shared: Path) -> None:
     result = invoke("all", "--out", shared, "--threads", 1)
     assert result.exit_code == 0, result.output
