@@ -115,7 +115,7 @@ def _verdict(
     if len(seeds) > 1:
         single = [_groups([row for row in rows if row["seed"] == seed]).values() for seed in seeds]
         counts = ", ".join(str(sum(map(holds, found))) for found in single)
-        text += f" in the mean of {len(seeds)} seeds, {counts} one by one"
+        text += f" in the mean of {len(seeds)} seeds (one by one: {counts})"
     text += f"; not {', '.join(missed)}" if missed else ""
     return Claim(statement, not missed, f"{text}; {numbers}" if numbers else text)
 
@@ -179,5 +179,6 @@ def _draw(rows: Sequence[Row]) -> Figure:
             for o, m in MARKERS.items()
         ]
         axis.legend(handles=[*colours, *shapes], fontsize=8, loc="lower left")
+    figure.suptitle("A marker for each training, lines through GECO's means over the seeds")
     figure.axes[0].set_ylabel("NLL at the best sigma (nats per image)")
     return figure

@@ -121,11 +121,11 @@ def test_of_several_seeds_the_mean_decides() -> None:
     other = [{**row, "seed": 1} for row in plane(elbo=(-500.0, 40.0, 0.001))]
     claim = fig4.check_elbo(plane() + other)
     assert claim.holds
-    assert "1 of 1 models and data sets in the mean of 2 seeds, 1, 0 one by one;" in claim.numbers
+    assert "1 of 1 models and data sets in the mean of 2 seeds (one by one: 1, 0);" in claim.numbers
     other = [{**row, "seed": 1} for row in plane(**{"0.1": (-200.0, 200.0, 0.05)})]
     claim = fig4.check_kappa(plane() + other)
     assert not claim.holds
-    assert "0 of 1 models and data sets in the mean of 2 seeds, 1, 0 one by one;" in claim.numbers
+    assert "0 of 1 models and data sets in the mean of 2 seeds (one by one: 1, 0);" in claim.numbers
 
 
 def test_kappa_orders_the_points() -> None:
